@@ -1,0 +1,1 @@
+"""Data: text sources, preparation into token shards, and reading the shards."""

@@ -1,0 +1,139 @@
+"""Evaluator: one evaluation task. It says what to ask a model and how to score the answers.
+
+The runner (`llmkit.evaluation`) tokenises, batches, feeds the engine, aggregates and reports, so that a task is its
+documents, its prompts and its metric, and little else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llmkit.component import Component
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint import Checkpoint
+    from llmkit.tokenizer import Tokenizer
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LogLikelihood:
+    """Ask for ln p(continuation | context). Answer: Likelihood.
+
+    An empty context becomes the tokenizer's begin or end-of-text token; trailing spaces of the context count as part
+    of the continuation, as in lm-eval. A context that is too long loses its left end.
+    """
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollingLogLikelihood:
+    """Ask for ln p(text) as a whole, in disjoint windows of the model's context. Answer: Likelihood."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask for a continuation of the prompt, cut before the first of the `stop` strings. Answer: str.
+
+    Greedy at temperature 0, which is the default here. A prompt that is too long loses its left end.
+    """
+
+    prompt: str
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+Request = LogLikelihood | RollingLogLikelihood | Generate
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """`logprob` in nats, summed over `tokens` tokens; `is_greedy`: each of them was the model's first choice."""
+
+    logprob: float
+    is_greedy: bool
+    tokens: int
+
+
+Answer = Likelihood | str
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What a task may need to know of the run. `data_dir` holds local data; None means the task's usual place."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    data_dir: Path | None = None
+    num_fewshot: int | None = None  # None: the task's default
+    seed: int = 1234
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure of a task's results; `stderr` is None where it has no meaning."""
+
+    value: float
+    stderr: float | None = None
+
+
+def mean(values: Sequence[float]) -> Metric:
+    """Mean with its standard error, sample standard deviation / sqrt(n)."""
+    n = len(values)
+    average = math.fsum(values) / n
+    if n < 2:
+        return Metric(average)
+    variance = math.fsum((value - average) ** 2 for value in values) / (n - 1)
+    return Metric(average, math.sqrt(variance / n))
+
+
+class Evaluator(Component, ABC):
+    """A task.
+
+    Class attributes:
+        version: raised whenever prompts, data or scoring change; it is part of the results.
+        higher_is_better: metric -> direction, for reports.
+        num_fewshot: how many examples stand before the question where the user does not say.
+    """
+
+    version: ClassVar[str] = "1"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {}
+    num_fewshot: ClassVar[int] = 0
+
+    def __init__(self, context: EvalContext) -> None:
+        self.context = context
+        self.shots = self.num_fewshot if context.num_fewshot is None else context.num_fewshot
+
+    @abstractmethod
+    def documents(self) -> Iterable[Document]:
+        """The documents, always in the same order. Raises ValueError, saying what is missing and where."""
+
+    @abstractmethod
+    def requests(self, document: Document) -> list[Request]:
+        """What to ask about a document; prompts depend on the document alone, not on its neighbours."""
+
+    @abstractmethod
+    def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:
+        """Figures of one document from the answers, in the order of its requests."""
+
+    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+        """Results of the task from the figures of its documents: by default the mean of each."""
+        return {name: mean([score[name] for score in scores]) for name in scores[0]} if scores else {}
+
+    def running(self, scores: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float]]:
+        """What the progress bar shows after some documents."""
+        for name, metric in self.aggregate(scores).items():
+            yield name, metric.value
