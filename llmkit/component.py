@@ -48,6 +48,12 @@ class Component:
         """The first line of the docstring: what `llmkit plugins list` and the help texts show."""
         return (cls.__doc__ or "").strip().split("\n", 1)[0]
 
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why the component cannot be used on this machine and what to do about it, or None where it can."""
+        missing = missing_modules(cls.requires)
+        return f"needs {', '.join(missing)}: {install_hint(missing)}" if missing else None
+
 
 def missing_modules(modules: Iterable[str]) -> list[str]:
     """The modules, out of `modules`, that cannot be imported here."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint import Checkpoint
 
 Array = npt.NDArray[Any]
 
@@ -206,6 +209,18 @@ def check_hf_weights(shapes: Mapping[str, tuple[int, ...]], config: GPT2Config) 
             raise ValueError(f"tensor {name} is missing from the checkpoint's weights")
         if tuple(shapes[name]) != shape:
             raise ValueError(f"tensor {name} has shape {list(shapes[name])} where its config.json says {list(shape)}")
+
+
+def hf_weights(checkpoint: Checkpoint) -> tuple[GPT2Config, dict[str, Array]]:
+    """Configuration and fp32 weights of a GPT-2 checkpoint, under the names of `hf_shapes`.
+
+    The hub's own GPT-2 has its names without `transformer.`, and buffers of masks; both are taken care of. Raises
+    ValueError for another architecture, a missing tensor or a wrong shape.
+    """
+    config = GPT2Config.from_hf(checkpoint.config)
+    names = {name if name.startswith("transformer.") else f"transformer.{name}": name for name in checkpoint.weights}
+    check_hf_weights({full: checkpoint.weights.shapes[name] for full, name in names.items()}, config)
+    return config, {full: checkpoint.weights[names[full]] for full in hf_shapes(config)}
 
 
 def to_llmc(weights: Mapping[str, Array], config: GPT2Config) -> dict[str, Array]:

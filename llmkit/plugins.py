@@ -188,7 +188,7 @@ def _collect(module: ModuleType) -> dict[str, list[Any]]:
             raise PluginError(f"hook {name!r} takes no arguments, but this one has ({', '.join(sum(arguments, ()))})")
         items[HOOKS[name]] = _checked(HOOKS[name], name, function())
     if not items:
-        raise PluginError(f"module {module.__name__} implements no hook: {', '.join(HOOKS)}")
+        raise PluginError(f"module {module.__name__} implements no hook of llmkit.hookspecs")
     return items
 
 

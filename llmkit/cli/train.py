@@ -1,0 +1,150 @@
+"""`llmkit train`: its options, and what it shows while training."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmkit.cli.flags import ComponentCommand, given
+from llmkit.cli.ui import emit, json_option, note, progress
+from llmkit.trainer import Finished, Note, Sample, Saved, Started, Step, TrainConfig, Validation
+
+if TYPE_CHECKING:
+    from llmkit.training import Plan, Progress, Summary
+
+
+def _config_of(backend: str | None) -> type[TrainConfig]:
+    if backend is None:
+        return TrainConfig
+    from llmkit.plugins import get_plugins
+
+    return get_plugins().trainer(backend).Config
+
+
+class TrainCommand(ComponentCommand):
+    """Says in its help which backends there are."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from llmkit.plugins import get_plugins
+
+        if trainers := get_plugins().all("trainer"):
+            with formatter.section("Backends (train --backend NAME --help lists the options of each)"):
+                formatter.write_dl([(trainer.name, trainer.summary()) for trainer in trainers])
+
+
+@click.command("train", cls=TrainCommand, selector="--backend", options_of=_config_of)
+@click.option("--backend", metavar="NAME", help="Training backend. [default: llmc where it works, else torch]")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder made by llmkit data prepare.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory. [default: runs/TIME-BACKEND]")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint, to the same bits.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, backend: str | None, data: Path | None, out: Path | None, resume: bool, as_json: bool, **values: Any
+) -> None:
+    """Train a model on prepared data.
+
+    `--depth` alone is a good run: everything else follows from it and from the data.
+    """
+    from llmkit.plugins import get_plugins
+    from llmkit.training import Interrupted, plan, train
+
+    options = given(_config_of(backend), values)
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out: the run to continue")
+    if data is None and not resume:
+        raise click.UsageError("--data is missing: name a folder made by llmkit data prepare")
+    name = backend or (None if resume else default_backend())
+    out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S") + f"-{name}")
+    planned = plan(get_plugins().trainer(name) if name else None, options, data=data, out=out, resume=resume)
+    try:
+        summary = train_with_progress(planned, samples=not as_json)
+    except Interrupted as stopped:
+        note(str(stopped))
+        raise
+    if as_json:
+        emit(dataclasses.asdict(summary))
+    else:
+        print(summary_line(summary))
+        print(f"next: llmkit generate {out} --prompt 'Once upon a time'    llmkit eval {out} --tasks bpb")
+
+
+def default_backend() -> str:
+    """`llmc` where it works, else `torch`. Raises ValueError, saying what to install, where neither does."""
+    from llmkit.plugins import get_plugins
+
+    reasons = []
+    for name in ("llmc", "torch"):
+        if name not in get_plugins().names("trainer"):
+            continue
+        reason = get_plugins().trainer(name).unavailable()
+        if reason is None:
+            return name
+        reasons.append(f"{name} {reason}")
+    raise ValueError("no training backend can run here: " + "; ".join(reasons))
+
+
+def train_with_progress(planned: Plan, *, samples: bool = True) -> Summary:
+    """Train with a progress bar and notes on stderr."""
+    from llmkit.training import train
+
+    c = planned.config
+    first = (planned.start.step or 0) if planned.resume and planned.start else 0
+    note(
+        f"{planned.trainer.name}: depth {c.depth}, width {c.width}, {c.heads} heads, vocabulary {planned.data.vocab_size}, "
+        f"sequence length {c.sequence_length}\n"
+        f"{c.steps} steps of {c.total_batch_tokens:,} tokens in micro-batches of {c.batch_size} x {c.sequence_length}, "
+        f"learning rate {c.learning_rate:g} ({c.schedule}, {c.warmup_steps} steps of warm-up)"
+    )
+    if planned.resume:
+        note(f"resuming after step {first}")
+    with progress("training", c.steps) as update:
+        display = _Display(update, samples)
+        update(first)
+        summary = train(planned, display.show)
+    return summary
+
+
+class _Display:
+    """Turns events into the bar's status and notes."""
+
+    def __init__(self, update: Any, samples: bool) -> None:
+        self.update, self.samples = update, samples
+        self.validation = ""
+
+    def show(self, progress: Progress) -> None:
+        event, values = progress.event, progress.values
+        if isinstance(event, Started):
+            peak = f", {event.peak_flops / 1e9:,.0f} GFLOP/s at best" if event.peak_flops else ""
+            note(f"{event.parameters:,} parameters on {event.device}{peak}")
+        elif isinstance(event, Step):
+            mfu = f" mfu {100 * values['mfu']:.0f}%" if "mfu" in values else ""
+            status = f"loss {event.loss:.3f}{self.validation} {values['tokens_per_second']:,.0f} tok/s{mfu}"
+            self.update(event.step + 1, status=status)
+        elif isinstance(event, Validation):
+            self.validation = f" val {event.loss:.3f}"
+            note(f"step {event.step}: validation loss {event.loss:.4f}, {values['bpb']:.4f} bits per byte")
+        elif isinstance(event, Sample) and self.samples:
+            note(f"step {event.step}: {event.text!r}")
+        elif isinstance(event, Saved):
+            note(f"step {event.step}: saved {event.path}")
+        elif isinstance(event, Note):
+            note(event.text)
+        elif isinstance(event, Finished) and not event.interrupted:
+            self.update(event.step)
+
+
+def summary_line(summary: Summary) -> str:
+    """One line for people."""
+    parts = [f"{summary.run}: {summary.steps} steps, {summary.tokens:,} tokens"]
+    if summary.train_loss is not None:
+        parts.append(f"train loss {summary.train_loss:.4f}")
+    if summary.val_loss is not None and summary.val_bpb is not None:
+        parts.append(f"validation loss {summary.val_loss:.4f} = {summary.val_bpb:.4f} bits per byte")
+    if summary.tokens_per_second is not None:
+        parts.append(f"{summary.tokens_per_second:,.0f} tokens/s")
+    return ", ".join(parts)
