@@ -367,7 +367,7 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return _SPELLINGS.get(steps[0]["pattern"].get("Regex", ""))
 
 
-def _begin_token(post_processor: dict[str, Any] | None) -> str | None | bool:
+def _begin_token(post_processor: dict[str, Any] | None) -> str | bool | None:
     """The special token that a post-processor puts in front, None for none, False where it does anything else."""
     steps = [post_processor] if post_processor else []
     if steps and steps[0].get("type") == "Sequence":
