@@ -69,7 +69,7 @@ class Sampling:
     ignore_eos: bool = False
     min_tokens: int = 0
     seed: int | None = None  # None: a fresh one for each request
-    logprobs: int = 0  # alternatives reported per token; 0: none
+    logprobs: int | None = None  # report the log-probability of each token, and this many alternatives
 
     def __post_init__(self) -> None:
         checks = {
@@ -80,7 +80,9 @@ class Sampling:
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
             "min_tokens": 0 <= self.min_tokens <= self.max_tokens,
-            "logprobs": self.logprobs >= 0,
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "logit_bias": min(self.logit_bias, default=0) >= 0,
+            "stop_token_ids": min(self.stop_token_ids, default=0) >= 0,
         }
         for name, valid in checks.items():
             if not valid:
@@ -89,7 +91,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Ask for a continuation of `prompt` (token ids, at least one, fewer than the context length)."""
+    """Ask for a continuation of `prompt` (token ids, at least one, fewer than the context length).
+
+    Prompt and continuation together fill at most the context length. `id` is unique among the requests in flight.
+    """
 
     id: int
     prompt: tuple[int, ...]
@@ -100,8 +105,9 @@ class GenerateRequest:
 class Chunk:
     """New tokens of one request. The last chunk of a request, and only that, has a `finish_reason`.
 
-    The token that ended it (an end token or one of `stop_token_ids`) is not among the tokens. `logprobs[i]` is
-    ln p of tokens[i] under the model, before any filter; `top_logprobs[i]` the alternatives asked for.
+    The token that ended it (an end token or one of `stop_token_ids`) is not among the tokens. Where log-probabilities
+    are asked for, `logprobs[i]` is ln p of tokens[i] under the model, before any penalty, temperature or filter, and
+    `top_logprobs[i]` the likeliest tokens, as many as were asked for, likeliest first; else both are empty.
     """
 
     id: int
@@ -118,12 +124,16 @@ class Engine(Component, ABC):
         vocab_size: ids are in [0, vocab_size).
         context_length: most tokens that can be fed for one request.
         eos_ids: ids that end a generation, from the checkpoint.
+        dtype: fp32 or bf16, what it computes in.
+
+    An engine may read requests ahead of the results that it gives, to batch similar ones together; how far is bounded.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()  # class names in config.json that it runs; empty: it must be asked
     vocab_size: int
     context_length: int
     eos_ids: frozenset[int]
+    dtype: str
 
     @classmethod
     @abstractmethod
@@ -160,17 +170,22 @@ class Engine(Component, ABC):
 
     def check(self, request: ScoreRequest | GenerateRequest) -> None:
         """Raise ValueError, naming the request and what is wrong, unless this engine can run it."""
-        score = isinstance(request, ScoreRequest)
-        context = request.context if isinstance(request, ScoreRequest) else request.prompt
-        ids = context + request.continuation if isinstance(request, ScoreRequest) else context
-        limit = self.context_length + 1 if score else self.context_length - 1
         label = f"request {request.id}"
-        if not context:
-            raise ValueError(f"{label}: the {'context' if score else 'prompt'} is empty")
-        if isinstance(request, ScoreRequest) and not request.continuation:
-            raise ValueError(f"{label}: the continuation is empty")
-        if len(ids) > limit:
-            raise ValueError(f"{label}: {len(ids)} tokens, but the model's context leaves room for {limit}")
+        if isinstance(request, ScoreRequest):
+            what, first, ids, limit = "context", request.context, request.context + request.continuation, 1
+            if not request.continuation:
+                raise ValueError(f"{label}: the continuation is empty")
+        else:
+            what, first, ids, limit = "prompt", request.prompt, request.prompt, -1
+            for name in ("logit_bias", "stop_token_ids"):
+                if (bad := max(getattr(request.sampling, name), default=0)) >= self.vocab_size:
+                    raise ValueError(f"{label}: {name} has id {bad}, outside the vocabulary of {self.vocab_size}")
+        if not first:
+            raise ValueError(f"{label}: the {what} is empty")
+        if len(ids) > self.context_length + limit:
+            raise ValueError(
+                f"{label}: {len(ids)} tokens, but the model's context leaves room for {self.context_length + limit}"
+            )
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             bad = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(f"{label}: token id {bad} is outside the vocabulary of {self.vocab_size}")
