@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained with the `tokenizers` library, encoded through tiktoken, saved as a Hugging Face tokenizer.json.
+"""Byte-level BPE: trained with the `tokenizers` library, encoded through tiktoken, saved as a tokenizer.json.
 
 tiktoken joins whichever adjacent pair spells the token of the lowest id; a tokenizer.json lists the merges that are
 allowed. The two give the same ids on every text if each token, encoded alone with only the tokens below it, ends in the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ CHARACTER_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACT
 
 
 def recover_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, ...]:
-    """The parts that `token` is in when only the tokens of a lower rank have been merged: two for a sound vocabulary."""
+    """The parts that `token` is in when only tokens of a lower rank have been merged: two for a sound vocabulary."""
     rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -242,7 +243,7 @@ class ByteLevelBPE(Tokenizer):
 def check_special_tokens(tokens: Iterable[str]) -> None:
     """Raise ValueError for an empty special token, or one that begins with another: which one is meant is undefined."""
     tokens = sorted(tokens)
-    for token, following in zip(tokens, tokens[1:]):
+    for token, following in pairwise(tokens):
         if following.startswith(token):
             raise ValueError(f"special token {following!r} begins with special token {token!r}; choose others")
     if "" in tokens:
@@ -304,7 +305,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json beside a tokenizer.json; empty where there is none. Raises ValueError where it is damaged."""
+    """tokenizer_config.json in a folder, empty where there is none. Raises ValueError where it is damaged."""
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return {}

@@ -55,7 +55,7 @@ class Checkpoint:
         """Open what `ref` names; with None, the latest training run's newest checkpoint.
 
         `ref` is a checkpoint directory, a run directory (its newest complete checkpoint), a llm.c `.bin` model (which
-        is converted into the cache), or a hub id such as `gpt2` or `HuggingFaceTB/SmolLM2-135M`. Raises CheckpointError.
+        is converted into the cache), or a hub id such as `gpt2`. Raises CheckpointError.
         """
         if ref is None:
             path = latest_run()
@@ -171,7 +171,9 @@ def save_checkpoint(
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Saving renames them into place, so each one there is complete."""
-    found = [(int(match[1]), path) for path in (run / "checkpoints").glob("step_*") if (match := STEP.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in (run / "checkpoints").glob("step_*") if (match := STEP.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -215,7 +217,11 @@ def _convert_file(path: Path) -> Path:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is a file of weights: name the directory that holds it and its config.json")
     if not is_llmc_model(path):
-        hint = " (pickled weights are not opened, because they can run code)" if path.suffix in (".pt", ".pth", ".bin") else ""
+        hint = (
+            " (pickled weights are not opened, because they can run code)"
+            if path.suffix in (".pt", ".pth", ".bin")
+            else ""
+        )
         raise CheckpointError(f"{path} is neither a checkpoint directory nor a llm.c model{hint}")
     import hashlib
 

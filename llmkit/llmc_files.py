@@ -67,9 +67,8 @@ def write_model(
     """Write the 16 arrays (fp32, rounded to nearest even for bf16), whole or not at all."""
     head = np.zeros(256, dtype="<i4")
     version = next(number for number, name in VERSIONS.items() if name == dtype)
-    head[:8] = (
-        MODEL_MAGIC, version, config.context, config.vocab, config.depth, config.heads, config.width, config.padded_vocab,
-    )  # fmt: skip
+    c = config
+    head[:8] = (MODEL_MAGIC, version, c.context, c.vocab, c.depth, c.heads, c.width, c.padded_vocab)
     beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with beside.open("wb") as file:
@@ -93,7 +92,7 @@ def llmc_parameters(config: GPT2Config) -> int:
 
 
 def write_tokenizer(path: Path, token_bytes: list[bytes], eot_id: int) -> None:
-    """llm.c's tokenizer file, version 2: what it needs to print samples. Raises ValueError for a token over 255 bytes."""
+    """llm.c's tokenizer file, version 2: what it needs to print samples. ValueError for a token over 255 bytes."""
     head = np.zeros(256, dtype="<i4")
     head[:4] = (TOKENIZER_MAGIC, 2, len(token_bytes), eot_id)
     for index, token in enumerate(token_bytes):

@@ -44,7 +44,9 @@ def field_types(cls: type) -> dict[str, tuple[type, bool]]:
         arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         plain = [arm for arm in arms if arm is not type(None)]
         if len(plain) != 1 or plain[0] not in (int, float, str, bool):
-            raise TypeError(f"{cls.__name__}.{field.name}: an option is int, float, str or bool, or one of these or None")
+            raise TypeError(
+                f"{cls.__name__}.{field.name}: an option is int, float, str or bool, or one of these or None"
+            )
         result[field.name] = (plain[0], len(plain) != len(arms))
     return result
 

@@ -2,8 +2,8 @@
 
 Rules follow published practice, so that `--depth` alone is a good run:
 - width and heads: GPT-2's own at its depths, else 64 channels a layer and 64 a head (nanochat's one dial);
-- tokens: 20 per parameter (Hoffmann et al. 2022), but at most 4 passes over the data (Muennighoff et al. 2023 found that
-  more is worth little);
+- tokens: 20 per parameter (Hoffmann et al. 2022), but at most 4 passes over the data (Muennighoff et al. 2023 found
+  that more is worth little);
 - learning rate 0.003239 - 0.0001395 ln N (Kaplan et al. 2020, equation D.1), N the parameters without embeddings;
 - batch: 2^19 tokens at 124M as llm.c, scaled with N^(2/3), but small enough for about 1000 steps.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.gpt2 import DEPTHS, GPT2Config, shape_of_size
 from llmkit.options import check
@@ -117,12 +117,14 @@ def _take_shape(config: C, data: TokenData, start: Checkpoint) -> C:
             )
     elif data.vocab_size > model.vocab:
         raise ValueError(f"the data's vocabulary of {data.vocab_size} is beyond the checkpoint's {model.vocab}")
-    shape = {"depth": model.depth, "width": model.width, "heads": model.heads}
+    shape: dict[str, Any] = {"depth": model.depth, "width": model.width, "heads": model.heads}
     if config.size is not None and shape_of_size(config.size) != tuple(shape.values()):
         raise ValueError(f"--size {config.size} contradicts the checkpoint of --from")
     for name, value in shape.items():
         if getattr(config, name) not in (None, value):
-            raise ValueError(f"--{name} {getattr(config, name)} contradicts the checkpoint of --from, which has {value}")
+            raise ValueError(
+                f"--{name} {getattr(config, name)} contradicts the checkpoint of --from, which has {value}"
+            )
     return dataclasses.replace(config, size=None, **shape)
 
 

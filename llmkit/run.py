@@ -1,9 +1,9 @@
 """Run: the directory of one training run.
 
-    config.json     backend, options, data, llmkit's version
-    metrics.jsonl   one JSON object for each step, validation and sample
-    main.log        the same in llm.c's format
-    checkpoints/    step_N/, each a complete checkpoint
+config.json     backend, options, data, llmkit's version
+metrics.jsonl   one JSON object for each step, validation and sample
+main.log        the same in llm.c's format
+checkpoints/    step_N/, each a complete checkpoint
 """
 
 from __future__ import annotations
@@ -79,7 +79,11 @@ class Run:
             kept = []
             for line in log.read_text("utf-8").splitlines(keepends=True):
                 match = re.match(r"s:(\d+) (\w+):", line)
-                if match and line.endswith("\n") and _keep("step" if match[2] == "trl" else match[2], int(match[1]), step):
+                if (
+                    match
+                    and line.endswith("\n")
+                    and _keep("step" if match[2] == "trl" else match[2], int(match[1]), step)
+                ):
                     kept.append(line)
             write_text(log, "".join(kept))
         self._metrics = metrics.open("a", encoding="utf-8")

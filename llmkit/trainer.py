@@ -35,7 +35,9 @@ class TrainConfig:
     sequence_length: int | None = option(None, "Tokens in a sequence. [default: 256 to 1024, by depth]", minimum=1)
     batch_size: int | None = option(None, "Sequences in a micro-batch. [default: 4096 tokens' worth]", minimum=1)
     total_batch_tokens: int | None = option(
-        None, "Tokens in an optimiser step, reached by accumulating micro-batches. [default: by size and data]", minimum=1
+        None,
+        "Tokens in an optimiser step, reached by accumulating micro-batches. [default: by size and data]",
+        minimum=1,
     )
     steps: int | None = option(
         None, "Optimiser steps. [default: 20 tokens per parameter, but at most 4 passes over the data]", minimum=1

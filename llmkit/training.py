@@ -102,18 +102,24 @@ def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, An
 
     saved = run.config()
     if trainer is not None and trainer.name != saved["backend"]:
-        raise ValueError(f"{run.path} was trained by --backend {saved['backend']} and cannot resume with {trainer.name}")
-    trainer = get_plugins().trainer(saved["backend"])
+        raise ValueError(
+            f"{run.path} was trained by --backend {saved['backend']} and cannot resume with {trainer.name}"
+        )
+    trainer = trainer or get_plugins().trainer(saved["backend"])
     require(trainer.requires, f"trainer {trainer.name!r}")
     start = Checkpoint.open(run.path)
     if start.trainer_state is None:
-        raise ValueError(f"{start.path} has no {'trainer_state'} to resume from; begin a new run with --from {start.path}")
+        raise ValueError(
+            f"{start.path} has no {'trainer_state'} to resume from; begin a new run with --from {start.path}"
+        )
     fields = {field.name for field in dataclasses.fields(trainer.Config)}
     config = trainer.Config(**{name: value for name, value in saved["config"].items() if name in fields})
     for name, value in given.items():
         if name not in RESUMABLE and getattr(config, name) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} was {getattr(config, name)} when the run began and cannot become {value}: leave it out")
+            raise ValueError(
+                f"{flag} was {getattr(config, name)} when the run began and cannot become {value}: leave it out"
+            )
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if name in RESUMABLE})
     opened = TokenData(data or saved["data"]["path"])
     if opened.fingerprint != saved["data"]["fingerprint"]:
@@ -155,7 +161,9 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
         if finished is None:
             raise RuntimeError(f"trainer {plan.trainer.name!r} ended without a Finished event")
         if finished.interrupted:
-            raise Interrupted(f"stopped after step {finished.step}; continue with: llmkit train --resume --out {plan.run.path}")
+            raise Interrupted(
+                f"stopped after step {finished.step}; continue with: llmkit train --resume --out {plan.run.path}"
+            )
         return recorder.summary
 
 

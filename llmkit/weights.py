@@ -90,7 +90,7 @@ class WeightFiles(Mapping[str, npt.NDArray[np.float32]]):
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The table of a safetensors file; each entry gains `__base__`, where the data begin. Raises ValueError if damaged."""
+    """The table of a safetensors file; each entry gains `__base__`, where the data begin. ValueError if damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -117,11 +117,8 @@ def save_weights(path: Path, weights: Mapping[str, Array], *, dtype: str = "fp32
         return
     from safetensors import serialize_file
 
-    serialize_file(
-        {
-            name: {"dtype": "bfloat16", "shape": list(array.shape), "data": fp32_to_bf16(array).tobytes()}
-            for name, array in weights.items()
-        },
-        path,
-        metadata={"format": "pt"},
-    )
+    tensors_bf16: Any = {
+        name: {"dtype": "bfloat16", "shape": list(array.shape), "data": fp32_to_bf16(array).tobytes()}
+        for name, array in weights.items()
+    }
+    serialize_file(tensors_bf16, path, metadata={"format": "pt"})

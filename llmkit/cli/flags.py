@@ -52,9 +52,7 @@ class ComponentCommand(click.Command):
     or of all components where the name is None.
     """
 
-    def __init__(
-        self, *args: Any, selector: str, options_of: Callable[[str | None], type], **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, selector: str, options_of: Callable[[str | None], type], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.selector, self.options_of = selector, options_of
 
@@ -79,5 +77,5 @@ class ComponentCommand(click.Command):
             except ValueError as error:  # an unknown name is a usage error, like any other bad value of a flag
                 raise click.UsageError(str(error), ctx) from None
         params: list[click.Parameter] = super().get_params(ctx)
-        help_option = params[-1:] if params and params[-1].name == "help" else []
-        return [*params[: len(params) - len(help_option)], *ctx.meta["component_flags"], *help_option]
+        own = len(self.params)  # behind them stands --help, which stays last
+        return [*params[:own], *ctx.meta["component_flags"], *params[own:]]

@@ -39,19 +39,20 @@ class TrainCommand(ComponentCommand):
 @click.command("train", cls=TrainCommand, selector="--backend", options_of=_config_of)
 @click.option("--backend", metavar="NAME", help="Training backend. [default: llmc where it works, else torch]")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder made by llmkit data prepare.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory. [default: runs/TIME-BACKEND]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory. [default: runs/TIME-BACKEND]"
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint, to the same bits.")
 @json_option
-@click.pass_context
 def command(
-    ctx: click.Context, backend: str | None, data: Path | None, out: Path | None, resume: bool, as_json: bool, **values: Any
+    backend: str | None, data: Path | None, out: Path | None, resume: bool, as_json: bool, **values: Any
 ) -> None:
     """Train a model on prepared data.
 
     `--depth` alone is a good run: everything else follows from it and from the data.
     """
     from llmkit.plugins import get_plugins
-    from llmkit.training import Interrupted, plan, train
+    from llmkit.training import Interrupted, plan
 
     options = given(_config_of(backend), values)
     if resume and out is None:
@@ -95,8 +96,8 @@ def train_with_progress(planned: Plan, *, samples: bool = True) -> Summary:
     c = planned.config
     first = (planned.start.step or 0) if planned.resume and planned.start else 0
     note(
-        f"{planned.trainer.name}: depth {c.depth}, width {c.width}, {c.heads} heads, vocabulary {planned.data.vocab_size}, "
-        f"sequence length {c.sequence_length}\n"
+        f"{planned.trainer.name}: depth {c.depth}, width {c.width}, {c.heads} heads, "
+        f"vocabulary {planned.data.vocab_size}, sequence length {c.sequence_length}\n"
         f"{c.steps} steps of {c.total_batch_tokens:,} tokens in micro-batches of {c.batch_size} x {c.sequence_length}, "
         f"learning rate {c.learning_rate:g} ({c.schedule}, {c.warmup_steps} steps of warm-up)"
     )

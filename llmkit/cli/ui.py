@@ -1,4 +1,4 @@
-"""What commands show: progress bars and notes on stderr, results on stdout. rich is imported when something is drawn."""
+"""What commands show: progress bars and notes on stderr, results on stdout. rich is imported when it draws."""
 
 from __future__ import annotations
 

@@ -46,13 +46,11 @@ def open_shard(path: Path) -> npt.NDArray[np.unsignedinteger]:
     if len(head) < HEADER_BYTES:
         raise ShardError(f"{path} is not a token shard: {size} bytes, shorter than the header of {HEADER_BYTES}")
     magic, version, tokens = (int(field) for field in np.frombuffer(head, dtype="<i4", count=3))
-    for dtype, known in FORMATS.items():
-        if known == (magic, version):
-            break
-        if known[0] == magic:
-            raise ShardError(f"{path} has version {version} of the shard format, but only {known[1]} is known")
-    else:
+    dtype = {known: name for name, (known, _) in FORMATS.items()}.get(magic)
+    if dtype is None:
         raise ShardError(f"{path} is not a token shard: it begins with {magic}, not 20240520 or 20240801")
+    if version != FORMATS[dtype][1]:
+        raise ShardError(f"{path} has version {version} of the shard format, but only {FORMATS[dtype][1]} is known")
     expected = HEADER_BYTES + tokens * np.dtype(dtype).itemsize
     if size != expected:
         raise ShardError(f"{path} is truncated or damaged: {size} bytes where its header promises {expected}")

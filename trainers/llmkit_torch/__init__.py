@@ -1,4 +1,4 @@
-"""Trainer `torch`: GPT-2 in plain PyTorch with llm.c's recipe; the baseline that the other backends are held against."""
+"""Trainer `torch`: GPT-2 in plain PyTorch with llm.c's recipe; the baseline for the other backends."""
 
 from llmkit import hookimpl
 from llmkit.trainer import Trainer

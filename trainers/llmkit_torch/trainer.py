@@ -81,7 +81,8 @@ class _Training:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16")
         self.optimiser = make_optimiser(self.model, self.config)
         self.batches = job.batches()
-        self.micro_batches: int = self.config.total_batch_tokens // (self.config.batch_size * self.config.sequence_length)
+        micro_batch_tokens = self.config.batch_size * self.config.sequence_length
+        self.micro_batches: int = self.config.total_batch_tokens // micro_batch_tokens
         self.step = 0
         if job.resume and job.start is not None:
             self._restore(job.start)
@@ -188,11 +189,10 @@ class _Training:
         def write_state(folder: Path) -> None:
             from safetensors.torch import save_file
 
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
             tensors = {
-                f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-                for parameter, state in self.optimiser.state.items()
-                for key, value in state.items()
+                f"{name}/{key}": value.detach().cpu().contiguous()
+                for name, parameter in self.model.named_parameters()
+                for key, value in self.optimiser.state[parameter].items()
             }
             save_file(tensors, folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": self.step, "position": self.batches.position})
@@ -204,10 +204,9 @@ class _Training:
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Optimiser state, step and place in the data. Raises ValueError where the state is damaged or of another model."""
+        """Optimiser state, step and place in the data. ValueError where the state is damaged or foreign."""
         import json
 
-        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -227,7 +226,6 @@ class _Training:
                 }
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"the trainer state in {folder} is damaged or of another model: {error}") from None
-        assert isinstance(self.optimiser, torch.optim.AdamW)
 
 
 def make_optimiser(model: GPT2, config: TorchConfig) -> torch.optim.AdamW:

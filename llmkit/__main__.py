@@ -1,0 +1,5 @@
+"""`python -m llmkit` is `llmkit`."""
+
+from llmkit.cli.main import main
+
+main()
