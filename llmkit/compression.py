@@ -16,8 +16,8 @@ he had done every morning since his own boat was sold. "Eleven," he said to nobo
 the light grew, and a gull walked up and down beside him as though it were waiting too. Shortly after seven o'clock the
 twelfth boat rounded the point, low in the water, with more fish than anyone had caught that year.
 
-Language models read text in pieces. A tokenizer decides what the pieces are: frequent words become one token, rare words
-several, and the number of tokens sets how much text fits into the context, and how long training on it takes. For
+Language models read text in pieces. A tokenizer decides what the pieces are: frequent words become one token, rare
+ones several, and the number of tokens sets how much text fits into the context, and how long training on it takes. For
 example, in 2019 a typical vocabulary held about 50,000 entries; five years later 128,000 or 200,000 were common.
 """
 CODE = '''\
@@ -72,8 +72,8 @@ Am Morgen lag dichter Nebel über den Wiesen, und die Kinder mussten vorsichtig 
 euch nicht“, rief die Lehrerin, „wir haben genügend Zeit.“ Später schien die Sonne, und alle aßen draußen ihr Frühstück.
 """
 FRENCH = """\
-Le marché ouvrait à six heures, bien avant que la ville ne s'éveille. Une vieille dame y achetait chaque jour des pommes,
-du fromage et un bouquet de fleurs séchées; elle disait que l'hiver n'était qu'une question de patience.
+Le marché ouvrait à six heures, bien avant que la ville ne s'éveille. Une vieille dame y achetait chaque jour des
+pommes, du fromage et un bouquet de fleurs séchées; elle disait que l'hiver n'était qu'une question de patience.
 """
 RUSSIAN = """\
 Вечером поезд остановился на маленькой станции, где никто не выходил. Только проводник спустился на платформу, посмотрел

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back; TokenizerProvider: how a plugin offers one by name.
 
-Two implementations cover what the project meets: `llmkit.bpe.ByteLevelBPE` (through tiktoken) and
-`llmkit.hf_tokenizer.HFTokenizer` (any Hugging Face tokenizer.json). `load_tokenizer` picks between them.
+`load_tokenizer` picks the implementation: `llmkit.bpe.ByteLevelBPE` (through tiktoken), `llmkit.char_tokenizer.
+CharTokenizer`, and `llmkit.hf_tokenizer.HFTokenizer` for any other Hugging Face tokenizer.json.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def load_tokenizer(ref: str | Path) -> Tokenizer:
 
 def _load_json(path: Path) -> Tokenizer:
     from llmkit.bpe import ByteLevelBPE
+    from llmkit.char_tokenizer import CharTokenizer
     from llmkit.hf_tokenizer import HFTokenizer
 
-    return ByteLevelBPE.from_json(path) or HFTokenizer(path)
+    return ByteLevelBPE.from_json(path) or CharTokenizer.from_json(path) or HFTokenizer(path)

@@ -109,9 +109,7 @@ def _show(folder: Path, meta: dict[str, Any], as_json: bool) -> None:
         ui.emit({"data": str(folder), **meta})
         return
     tokenizer = meta["tokenizer"]
-    print(
-        f"{folder}: tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, fingerprint {meta['fingerprint']}"
-    )
+    print(f"{folder}: tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens; data {meta['fingerprint']}")
     rows = []
     for split in ("train", "val"):
         counts = meta[split]

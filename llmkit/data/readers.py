@@ -41,7 +41,7 @@ class FileSource(DataSource):
         self.size = sum(self.sizes)
 
     def documents(self) -> Iterator[Text]:
-        """The documents; a .txt file comes in parts (see `llmkit.data.split`). Raises ValueError for damaged content."""
+        """The documents, .txt files in parts (see `llmkit.data.split`). Raises ValueError for damaged content."""
         done = 0
         for path, size in zip(self.paths, self.sizes):
             for document in read_file(path, self.text_field):

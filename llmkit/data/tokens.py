@@ -47,15 +47,18 @@ class TokenData:
         self.meta = _read_meta(self.path)
         self.splits: dict[Split, SplitMeta] = {}
         names: tuple[Split, ...] = ("train", "val")
-        for name in names:
-            split = self.meta[name]
-            self.splits[name] = SplitMeta(
-                split["tokens"], split["bytes"], split["documents"], tuple(s["name"] for s in split["shards"])
-            )
-        self.fingerprint: str = self.meta["fingerprint"]
-        self.tokenizer_fingerprint: str = self.meta["tokenizer"]["fingerprint"]
-        self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
-        self.eot_id: int | None = self.meta["tokenizer"]["eot_id"]
+        try:
+            for name in names:
+                split = self.meta[name]
+                self.splits[name] = SplitMeta(
+                    split["tokens"], split["bytes"], split["documents"], tuple(s["name"] for s in split["shards"])
+                )
+            self.fingerprint: str = self.meta["fingerprint"]
+            self.tokenizer_fingerprint: str = self.meta["tokenizer"]["fingerprint"]
+            self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
+            self.eot_id: int | None = self.meta["tokenizer"]["eot_id"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.path / META} is damaged (it lacks {error}): prepare the data again") from None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -95,9 +98,13 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / META).read_text("utf-8"))
     except FileNotFoundError:
-        what = "is empty" if not any(path.iterdir()) else f"has no {META}: its preparation did not finish, or it is no data folder"
+        what = (
+            "is empty"
+            if not any(path.iterdir())
+            else f"has no {META}: its preparation did not finish, or it is no data folder"
+        )
         raise ValueError(f"data folder {path} {what}; make it with: llmkit data prepare SOURCE --out {path}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path / META} is damaged: {error}") from None
     if not isinstance(meta, dict) or meta.get("format") != META_FORMAT:
         raise ValueError(f"{path / META} is not a data description that this version of llmkit reads")
@@ -191,7 +198,9 @@ class ValidationBatches:
         available = rows // self.batch_size
         self.batches = available if batches is None else min(batches, available)
         wanted = self.batches * self.batch_size * sequence_length + 1
-        stream = np.concatenate([shard[:wanted] for shard in shards])[:wanted] if len(shards) > 1 else shards[0][:wanted]
+        stream = (
+            np.concatenate([shard[:wanted] for shard in shards])[:wanted] if len(shards) > 1 else shards[0][:wanted]
+        )
         self._stream: Tokens = stream
         self.tokens = wanted - 1
         self.bytes = int(data.token_bytes[np.asarray(stream[1:], dtype=np.int64)].sum())
