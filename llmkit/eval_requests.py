@@ -1,19 +1,23 @@
-"""Turning the requests of evaluation tasks into token ids, by lm-eval's rules, so that results can be compared.
+"""Requests of evaluation tasks as token ids, by lm-eval's rules, so that results can be compared.
 
 - The context of a log-likelihood is encoded as a prompt (with the begin token where the checkpoint's tokenizer adds
-  one), its trailing spaces moved to the continuation; the continuation is what encoding both adds.
+  one), its trailing spaces moved to the continuation; the continuation is what encoding both together adds.
 - An empty context becomes the begin token, else the end-of-text token.
 - A text as a whole is cut into disjoint windows; the first is predicted from the begin or end-of-text token, and the
-  last is moved left, so that it has all the context that fits.
+  last takes all the context that fits.
 - What is too long loses its left end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from llmkit.evaluator import Generate, LogLikelihood
+from llmkit.engine import Engine, Sampling, ScoreRequest, ScoreResult
+from llmkit.evaluator import Answer, Document, Generate, Likelihood, LogLikelihood, Request
+from llmkit.generation import TextRequest, complete
 from llmkit.tokenizer import Tokenizer
 
 Ids = tuple[int, ...]
@@ -21,7 +25,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A context and the continuation to score after it; `truncated`: tokens were cut off to make it fit."""
+    """A context and the continuation to score after it. `truncated`: tokens were cut off to make them fit."""
 
     context: Ids
     continuation: Ids
@@ -29,37 +33,167 @@ class Pair:
 
 
 class Encoder:
-    """Encodes requests for a model with `context_length` positions."""
+    """Encodes requests for a model of `context_length` positions."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         """Raises ValueError where the tokenizer has no token to begin a text with."""
         prefix = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
         if prefix is None:
-            raise ValueError("the tokenizer has neither a begin nor an end-of-text token, so no text can be scored")
+            raise ValueError("the model's tokenizer has neither a begin nor an end-of-text token to begin a text with")
         self.tokenizer, self.context_length, self.prefix = tokenizer, context_length, prefix
         self._last: tuple[str, Ids] = ("", (prefix,))  # the choices of a question share their context
 
     def pair(self, request: LogLikelihood) -> Pair:
-        """Raises ValueError for an empty continuation."""
-        context, continuation = request.context, request.continuation
-        if not context:
-            return self._fitted((self.prefix,), tuple(self.tokenizer.encode(continuation)))
-        stripped = context.rstrip()
-        spaces = context[len(stripped) :]
-        ids = self._context(stripped)
-        whole = tuple(self.tokenizer.encode_prompt(stripped + spaces + continuation))
-        return self._fitted(whole[: len(ids)], whole[len(ids) :], ids)
+        """Raises ValueError where the continuation has no tokens."""
+        text = request.context.rstrip()
+        continuation = request.context[len(text) :] + request.continuation
+        context = self._context(text)
+        if text:
+            ids = tuple(self.tokenizer.encode_prompt(text + continuation))[len(context) :]
+        else:
+            ids = tuple(self.tokenizer.encode(continuation))
+        if not ids:
+            raise ValueError(f"the continuation {continuation!r} has no tokens")
+        whole = (context + ids)[-(self.context_length + 1) :]
+        kept = min(len(ids), self.context_length)
+        return Pair(whole[:-kept], whole[-kept:], len(whole) < len(context) + len(ids))
 
     def _context(self, text: str) -> Ids:
-        if self._last[0] != text:
+        if text and self._last[0] != text:
             self._last = (text, tuple(self.tokenizer.encode_prompt(text)))
-        return self._last[1]
+        return self._last[1] if text else (self.prefix,)
 
-    def _fitted(self, _: Ids, continuation: Ids, context: Ids | None = None) -> Pair:
-        raise NotImplementedError
+    def windows(self, text: str) -> list[Pair]:
+        """A whole text: each of its tokens is in one continuation."""
+        ids = tuple(self.tokenizer.encode(text))
+        length = self.context_length
+        windows = [Pair((self.prefix,), ids[:length])] if ids else []
+        for start in range(length, len(ids), length):
+            end = min(start + length, len(ids))
+            windows.append(Pair(ids[end - length - 1 : start], ids[start:end]))
+        return windows
 
     def prompt(self, request: Generate) -> tuple[Ids, bool]:
-        """Ids of a prompt that leaves room for the tokens to generate, and whether it had to be cut."""
+        """Ids of a prompt, and whether it was cut to leave room for `max_tokens` (half the context, if they fill it)."""
+        length = self.context_length
+        room = length - (request.max_tokens if request.max_tokens < length else length // 2)
         ids = tuple(self.tokenizer.encode_prompt(request.prompt)) or (self.prefix,)
-        room = max(self.context_length - request.max_tokens, 1)
         return ids[-room:], len(ids) > room
+
+
+@dataclass(slots=True)
+class OpenDocument:
+    """A document with its requests, and the parts of their answers that are there: one, or one for each window."""
+
+    task: str
+    index: int
+    document: Document
+    requests: list[Request]
+    parts: list[list[ScoreResult | str | None]] = field(default_factory=list)
+    waiting: int = 0
+    truncated: bool = False
+
+    def answers(self) -> list[Answer]:
+        """The answers in the order of the requests, when nothing is waited for any more."""
+        assert self.waiting == 0
+        return [_answer(parts) for parts in self.parts]
+
+
+def _answer(parts: list[ScoreResult | str | None]) -> Answer:
+    if parts and isinstance(parts[0], str):
+        return parts[0]
+    results = [part for part in parts if isinstance(part, ScoreResult)]
+    return Likelihood(
+        logprob=math.fsum(value for result in results for value in result.logprobs),
+        is_greedy=all(result.is_greedy for result in results),
+        tokens=sum(len(result.logprobs) for result in results),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a result belongs: part `part` of the answer to request `request` of a document."""
+
+    document: OpenDocument
+    request: int
+    part: int = 0
+
+
+class Wave:
+    """Documents whose requests go to the engine together. Identical requests are computed once.
+
+    `tokens` counts what is held in memory.
+    """
+
+    def __init__(self, encoder: Encoder, seed: int) -> None:
+        self._encoder, self._seed = encoder, seed
+        self._scores: dict[tuple[Ids, Ids], list[_Slot]] = {}
+        self._texts: dict[tuple[Ids, tuple[str, ...], Sampling], list[_Slot]] = {}
+        self._answered: list[OpenDocument] = []  # documents that ask nothing
+        self.tokens = 0
+        self.documents = 0
+
+    def add(self, document: OpenDocument) -> None:
+        """Raises ValueError, naming task and document, for a request that cannot be asked."""
+        self.documents += 1
+        for number, request in enumerate(document.requests):
+            try:
+                if isinstance(request, Generate):
+                    self._add_text(_Slot(document, number), request)
+                else:
+                    self._add_pairs(document, number, request)
+            except ValueError as error:
+                raise ValueError(f"task {document.task!r}, document {document.index}: {error}") from None
+        if not document.waiting:
+            self._answered.append(document)
+
+    def _add_pairs(self, document: OpenDocument, number: int, request: Request) -> None:
+        assert not isinstance(request, Generate)
+        one = isinstance(request, LogLikelihood)
+        pairs = [self._encoder.pair(request)] if one else self._encoder.windows(request.text)  # type: ignore[arg-type, union-attr]
+        document.parts.append([None] * len(pairs))
+        document.waiting += len(pairs)
+        for part, pair in enumerate(pairs):
+            document.truncated |= pair.truncated
+            self._scores.setdefault((pair.context, pair.continuation), []).append(_Slot(document, number, part))
+            self.tokens += len(pair.context) + len(pair.continuation)
+
+    def _add_text(self, slot: _Slot, request: Generate) -> None:
+        ids, truncated = self._encoder.prompt(request)
+        sampling = Sampling(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=_seed(self._seed, slot) if request.temperature > 0 else 0,
+        )
+        slot.document.parts.append([None])
+        slot.document.waiting += 1
+        slot.document.truncated |= truncated
+        self._texts.setdefault((ids, request.stop, sampling), []).append(slot)
+        self.tokens += len(ids)
+
+    def run(self, engine: Engine) -> Iterator[OpenDocument]:
+        """The documents as their last answers arrive."""
+        yield from self._answered
+        scores = list(self._scores.items())
+        for result in engine.score(ScoreRequest(i, *pair) for i, (pair, _) in enumerate(scores)):
+            yield from _deliver(scores[result.id][1], result)
+        texts = list(self._texts.items())
+        wanted = (TextRequest(i, ids, sampling, stop) for i, ((ids, stop, sampling), _) in enumerate(texts))
+        for completion in complete(engine, self._encoder.tokenizer, wanted):
+            yield from _deliver(texts[completion.id][1], completion.text)
+
+
+def _deliver(slots: list[_Slot], result: ScoreResult | str) -> Iterator[OpenDocument]:
+    """Put a result where it is waited for; the documents that are complete with it."""
+    for slot in slots:
+        slot.document.parts[slot.request][slot.part] = result
+        slot.document.waiting -= 1
+        if not slot.document.waiting:
+            yield slot.document
+
+
+def _seed(seed: int, slot: _Slot) -> int:
+    """A seed for a sampled answer that depends on the run's seed and the document, not on limit, order or batches."""
+    key = f"{seed}\0{slot.document.task}\0{slot.document.index}\0{slot.request}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")

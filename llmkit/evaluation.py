@@ -1,0 +1,175 @@
+"""Evaluation: runs tasks on a checkpoint and puts their results together, in lm-eval's form.
+
+Documents are taken in waves of bounded size, of all tasks in turn; the requests of a wave go to the engine together, so
+that it can batch them as it likes, and each document is scored as soon as its last answer is there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit import __version__
+from llmkit.component import require
+from llmkit.eval_requests import Encoder, OpenDocument, Wave
+from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Metric, Request
+from llmkit.plugins import get_plugins
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint import Checkpoint
+    from llmkit.engine import Engine
+
+WAVE_TOKENS = 2**20  # about 40 MB of Python integers
+WAVE_DOCUMENTS = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A document of a task with what was asked, what the model answered, and its figures."""
+
+    task: str
+    index: int
+    document: Document
+    requests: Sequence[Request]
+    answers: Sequence[Answer]
+    scores: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the samples file, with lm-eval's names."""
+        return {
+            "task": self.task,
+            "doc_id": self.index,
+            "doc": dict(self.document),
+            "arguments": [asdict(request) for request in self.requests],
+            "resps": [asdict(answer) if isinstance(answer, Likelihood) else answer for answer in self.answers],
+            "scores": dict(self.scores),
+        }
+
+
+class Evaluation:
+    """One run of some tasks on one checkpoint.
+
+    Attributes:
+        tasks: name -> evaluator, in the order asked for.
+        truncated: task -> documents that were too long for the model's context and lost their left end.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tasks: Sequence[str],
+        *,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        data_dir: Path | None = None,
+        seed: int = 1234,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Set up the tasks; the model is not needed yet.
+
+        `limit` takes the first so many documents of each task. Raises UnknownComponent with the nearest names,
+        MissingRequirement, or ValueError from a task.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
+        found = {name: get_plugins().evaluator(name) for name in tasks}
+        self.checkpoint, self.limit, self.num_fewshot, self.seed = checkpoint, limit, num_fewshot, seed
+        context = EvalContext(checkpoint, checkpoint.tokenizer, data_dir, num_fewshot, seed, dict(options or {}))
+        self.tasks: dict[str, Evaluator] = {}
+        for name, evaluator in found.items():
+            require(evaluator.requires, f"task {name!r}")
+            self.tasks[name] = evaluator(context)
+        self.truncated: dict[str, int] = dict.fromkeys(self.tasks, 0)
+        self._scores: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in self.tasks}
+        self._documents = {name: task.documents() for name, task in self.tasks.items()}
+        self._engine: Engine | None = None
+        self._seconds = 0.0
+
+    @property
+    def total(self) -> int | None:
+        """How many documents there are to do, where the tasks know it."""
+        counts = [len(documents) if isinstance(documents, Sized) else None for documents in self._documents.values()]
+        known = [min(count, self.limit or count) for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    def run(self, engine: Engine) -> Iterator[Sample]:
+        """Samples as their documents finish, in any order. Raises ValueError naming the task and document at fault."""
+        self._engine = engine
+        started = time.perf_counter()
+        for wave in self._waves(Encoder(self.checkpoint.tokenizer, engine.context_length)):
+            for finished in wave.run(engine):
+                yield self._scored(finished)
+                self._seconds = time.perf_counter() - started
+
+    def _waves(self, encoder: Encoder) -> Iterator[Wave]:
+        wave = Wave(encoder, self.seed)
+        for name, task in self.tasks.items():
+            for index, document in enumerate(self._limited(name)):
+                wave.add(OpenDocument(name, index, document, task.requests(document)))
+                if wave.tokens >= WAVE_TOKENS or wave.documents >= WAVE_DOCUMENTS:
+                    yield wave
+                    wave = Wave(encoder, self.seed)
+        if wave.documents:
+            yield wave
+
+    def _limited(self, name: str) -> Iterable[Document]:
+        return islice(self._documents[name], self.limit)
+
+    def _scored(self, finished: OpenDocument) -> Sample:
+        answers = finished.answers()
+        scores = self.tasks[finished.task].score(finished.document, answers)
+        self._scores[finished.task][finished.index] = scores
+        self.truncated[finished.task] += finished.truncated
+        return Sample(finished.task, finished.index, finished.document, finished.requests, answers, scores)
+
+    def running(self, task: str) -> dict[str, float]:
+        """The task's metrics over the documents that are finished."""
+        return dict(self.tasks[task].running(list(self._scores[task].values())))
+
+    def metrics(self, task: str) -> dict[str, Metric]:
+        """The task's metrics. Raises ValueError where it had no documents, or a metric is not a finite number."""
+        by_index = self._scores[task]
+        if not by_index:
+            raise ValueError(f"task {task!r} has no documents")
+        metrics = self.tasks[task].aggregate([by_index[index] for index in sorted(by_index)])
+        for name, metric in metrics.items():
+            if not math.isfinite(metric.value):
+                raise ValueError(f"task {task!r}: {name} is {metric.value}, so the model's outputs are not usable")
+        return metrics
+
+    def results(self) -> dict[str, Any]:
+        """Everything about the finished run, in lm-eval's schema: what `llmkit eval --json` prints."""
+        assert self._engine is not None
+        results: dict[str, dict[str, float]] = {}
+        for name in self.tasks:
+            figures: dict[str, float] = {}
+            for metric_name, metric in self.metrics(name).items():
+                figures[metric_name] = metric.value
+                if metric.stderr is not None:
+                    figures[f"{metric_name}_stderr"] = metric.stderr
+            results[name] = {**figures, "n": len(self._scores[name])}
+        return {
+            "results": results,
+            "versions": {name: task.version for name, task in self.tasks.items()},
+            "n-shot": {name: task.shots for name, task in self.tasks.items()},
+            "higher_is_better": {name: dict(task.higher_is_better) for name, task in self.tasks.items()},
+            "truncated": self.truncated,
+            "config": {
+                "checkpoint": str(self.checkpoint.path),
+                "architecture": self.checkpoint.architecture,
+                "step": self.checkpoint.step,
+                "engine": self._engine.name,
+                "dtype": self._engine.dtype,
+                "context_length": self._engine.context_length,
+                "limit": self.limit,
+                "num_fewshot": self.num_fewshot,
+                "seed": self.seed,
+                "llmkit_version": __version__,
+            },
+            "seconds": round(self._seconds, 3),
+        }
