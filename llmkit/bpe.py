@@ -170,7 +170,8 @@ class ByteLevelBPE(Tokenizer):
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {_spell(token): self.ranks[token] for token in by_rank},
+                # The special ones too, as in GPT-2's own file: from here they get their ids where ids are left unused.
+                "vocab": {_spell(token): self.ranks[token] for token in by_rank} | self.special_tokens,
                 "merges": merges,
             },
         }

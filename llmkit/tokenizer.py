@@ -88,13 +88,18 @@ class TokenizerProvider(Component, ABC):
 def load_tokenizer(ref: str | Path) -> Tokenizer:
     """The tokenizer that `ref` names: a tokenizer.json, a directory that holds one, or a registered fixed name.
 
-    Raises ValueError where there is none, with the nearest registered names.
+    Such a directory is a tokenizer's own, a checkpoint, a run or a data folder. Raises ValueError where there is none,
+    with the nearest registered names.
     """
     path = Path(ref).expanduser()
     if path.is_dir():
         for candidate in (path / "tokenizer.json", path / "tokenizer" / "tokenizer.json"):
             if candidate.is_file():
                 return _load_json(candidate)
+        if (path / "checkpoints").is_dir():
+            from llmkit.checkpoint import Checkpoint
+
+            return Checkpoint.open(path).tokenizer
         raise ValueError(f"no tokenizer.json in {path}")
     if path.is_file():
         return _load_json(path)

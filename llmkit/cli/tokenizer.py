@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,8 @@ def train(
 ) -> None:
     """Train byte-level BPE on all of FILES and save it for llmkit and transformers.
 
-    FILES are any SOURCE of `llmkit data prepare`. Memory grows with the number of distinct words, not with the length of the text.
+    FILES are any SOURCE of `llmkit data prepare`. Memory grows with the number of distinct words, not with the length
+    of the text.
     """
     from llmkit import files
     from llmkit.bpe import ByteLevelBPE
@@ -73,7 +74,7 @@ def train(
     print(f"{out}: byte-level BPE, {tokenizer.vocab_size:,} tokens; special: {', '.join(tokenizer.special_tokens)}")
 
 
-def _texts(sources: list[DataSource], update: ui.Callable[..., None]) -> Iterator[str]:
+def _texts(sources: list[DataSource], update: Callable[..., None]) -> Iterator[str]:
     from llmkit.data.split import split_text
 
     for index, source in enumerate(sources):
@@ -90,8 +91,9 @@ def _texts(sources: list[DataSource], update: ui.Callable[..., None]) -> Iterato
 def evaluate(tokenizer: str, sources: tuple[str, ...], text_field: str | None, as_json: bool) -> None:
     """Compare the compression of TOKENIZER with gpt2 and cl100k_base, in bytes per token.
 
-    TOKENIZER is a name, a tokenizer.json, its folder or a checkpoint. On built-in samples of English, code and other languages, or on the first megabyte of each of FILES (any SOURCE of
-    `llmkit data prepare`). More bytes per token: fewer tokens for the same text.
+    TOKENIZER is a name, a tokenizer.json, its folder, a checkpoint or a run. The texts are built-in samples of English,
+    code and other languages, or the first megabyte of each of FILES (any SOURCE of `llmkit data prepare`). More bytes
+    per token: fewer tokens for the same text.
     """
     from llmkit.compression import REFERENCES, compare, load_references, sample_texts
     from llmkit.tokenizer import load_tokenizer

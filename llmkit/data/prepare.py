@@ -142,10 +142,6 @@ def _tokenizer(
             return trained
     if vocab_size is not None:
         raise ValueError(f"--vocab-size is for a tokenizer that is trained on the data; {ref!r} is a finished one")
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        from llmkit.checkpoint import Checkpoint
-
-        return Checkpoint.open(path).tokenizer
     return load_tokenizer(ref)
 
 
