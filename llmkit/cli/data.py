@@ -37,7 +37,7 @@ def command() -> None:
 )
 @click.option(
     "--shard-tokens",
-    type=click.IntRange(min=1, max=2**31 - 1),
+    type=click.IntRange(min=2, max=2**31 - 1),
     default=100_000_000,
     show_default=True,
     metavar="N",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import tempfile
 import zlib
@@ -140,20 +141,47 @@ def open_stream(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                     yield cast(IO[bytes], unpacked), raw
             elif suffix == ".zst":
                 require(("zstandard",), "reading .zst files")
-                import io
-
-                import zstandard
-
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                try:
-                    with io.BufferedReader(reader, _BLOCK) as unpacked_zst:
-                        yield unpacked_zst, raw
-                except zstandard.ZstdError as error:
-                    raise ValueError(f"{path} is damaged, or no zstandard file: {error}") from None
+                with io.BufferedReader(_ZstdStream(path, raw), _BLOCK) as unpacked_zst:
+                    yield unpacked_zst, raw
             else:
                 yield raw, raw
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is damaged, or no gzip file: {error}") from None
+
+
+class _ZstdStream(io.RawIOBase):
+    """The content of a .zst file; unlike the library's own reader, it notices that the file ends in a frame."""
+
+    def __init__(self, path: Path, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._library = zstandard
+        self._path, self._raw = path, raw
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._raw.read(_BLOCK >> 6)  # little, as it may unpack to much
+            if not self._packed:
+                if self._frame is not None:
+                    raise ValueError(f"{self._path} is damaged: it ends before its content does")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(self._packed))
+            except self._library.ZstdError as error:
+                raise ValueError(f"{self._path} is damaged, or no zstandard file: {error}") from None
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(self._ready), len(buffer))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
