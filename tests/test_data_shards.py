@@ -106,21 +106,25 @@ def test_a_data_folder_that_is_none_is_named(content: str | None, message: str, 
     world=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_an_epoch_takes_each_block_once_over_all_ranks(
+def test_an_epoch_takes_each_sequence_once_over_all_ranks(
     lengths: list[int], batch: int, length: int, world: int, seed: int
 ) -> None:
     shards = [np.arange(1000 * i, 1000 * i + n, dtype=np.uint16) for i, n in enumerate(lengths)]
-    if max(lengths) <= batch * length:
+    if max(lengths) <= length:
         with pytest.raises(ValueError, match="prepare more data"):
             TrainBatches(shards, batch, length, seed=seed)
         return
     ranks = [TrainBatches(shards, batch, length, seed=seed, rank=rank, world=world) for rank in range(world)]
-    blocks = ranks[0].blocks_per_epoch
+    epoch = ranks[0].sequences_per_epoch
     seen: list[int] = []
-    for _ in range(-(-blocks // world)):
+    while len(seen) < 2 * epoch:
         for reader in ranks:
             x, y = next(reader)
             assert x.shape == y.shape == (batch, length)
             assert ((y - x) == 1).all()  # a target is the token behind its input
-            seen.append(int(x[0, 0]))
-    assert len(set(seen[:blocks])) == blocks
+            seen += x[:, 0].tolist()
+    assert len(set(seen[:epoch])) == len(set(seen[epoch : 2 * epoch])) == epoch
+
+    one = TrainBatches(shards, batch, length, seed=seed)
+    one.position = world * batch  # resuming: the order depends on nothing but the position
+    assert next(one)[0][:, 0].tolist() == seen[world * batch : (world + 1) * batch]

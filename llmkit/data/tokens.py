@@ -112,12 +112,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 class TrainBatches:
-    """Endless shuffled batches; one epoch takes each block of the training split once.
+    """Endless shuffled batches; one epoch takes each sequence of the training split once.
 
-    A block is `batch_size * sequence_length` consecutive tokens of a shard. Each epoch permutes the shards, then the
-    blocks in each shard, by Fisher-Yates on a Mersenne twister, as llm.c does, so that the order is a function of the
-    seed and `position` alone: resuming needs nothing else. With several processes, process `rank` takes every
-    `world`-th block, so that a step sees the same tokens whatever the number of processes.
+    A sequence is `sequence_length` consecutive tokens of a shard. Each epoch permutes the shards, then the sequences in
+    each shard, so that a batch mixes documents while only one shard's permutation is in memory. The order is a function
+    of the seed and of `position` alone: resuming needs nothing else. With several processes, a step sees the same
+    tokens whatever their number: process `rank` takes the `rank`-th of every `world` consecutive batches.
+
+    (llm.c permutes whole micro-batches of neighbouring sequences instead; on small corpora those are too alike.)
     """
 
     def __init__(
@@ -125,57 +127,48 @@ class TrainBatches:
     ) -> None:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.rank, self.world = rank, world
-        self._block = batch_size * sequence_length
-        self._shards = [shard for shard in shards if len(shard) > self._block]
-        self._counts = [(len(shard) - 1) // self._block for shard in self._shards]  # the last target is one beyond
-        self.blocks_per_epoch = sum(self._counts)
-        if not self.blocks_per_epoch:
+        self._shards = shards
+        # the last target of a sequence is one token beyond it
+        self._counts = np.array([max(0, len(shard) - 1) // sequence_length for shard in shards], dtype=np.int64)
+        self.sequences_per_epoch = int(self._counts.sum())
+        if not self.sequences_per_epoch:
             most = max((len(shard) for shard in shards), default=0)
             raise ValueError(
-                f"the training split has no {self._block + 1} consecutive tokens (its largest shard has {most}): "
-                "prepare more data, or lower --batch-size or --sequence-length"
+                f"the training split has no {sequence_length + 1} consecutive tokens (its largest shard has {most}): "
+                "prepare more data, or lower --sequence-length"
             )
         self._seed = seed
-        self._rng = np.random.RandomState(seed)
-        self._epoch = -1
-        self._order: list[tuple[int, int]] = []
-        self.position = 0  # blocks handed out so far, all processes together
+        self._epoch, self._place_in_order = -1, -1
+        self._shard_order: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._ends: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._order: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self.position = 0  # sequences handed out so far, all processes together
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
         return self
 
     def __next__(self) -> tuple[Batch, Batch]:
         """Inputs and targets, both (batch_size, sequence_length) int64."""
-        shard, block = self._locate(self.position + self.rank)
-        self.position += self.world
-        start = block * self._block
-        window = self._shards[shard][start : start + self._block + 1].astype(np.int64)
-        shape = (self.batch_size, self.sequence_length)
-        return window[:-1].reshape(shape), window[1:].reshape(shape)
+        first = self.position + self.rank * self.batch_size
+        windows = np.stack([self._window(index) for index in range(first, first + self.batch_size)])
+        self.position += self.world * self.batch_size
+        return windows[:, :-1], windows[:, 1:]
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        epoch, place = divmod(index, self.blocks_per_epoch)
-        if epoch < self._epoch:  # another rank's epoch boundary, or a rewind: permutations only go forward
-            self._rng = np.random.RandomState(self._seed)
-            self._epoch = -1
-        while self._epoch < epoch:
-            self._order = [
-                (int(shard), int(block))
-                for shard in permutation(len(self._shards), self._rng)
-                for block in permutation(self._counts[shard], self._rng)
-            ]
-            self._epoch += 1
-        return self._order[place]
-
-
-def permutation(n: int, rng: np.random.RandomState) -> list[int]:
-    """Fisher-Yates from the top, one 32-bit output of the Mersenne twister a swap: llm.c's permutation for its seed."""
-    items = list(range(n))
-    draws = rng.randint(0, 2**32, size=max(n - 1, 0), dtype=np.uint32)
-    for i, draw in zip(range(n - 1, 0, -1), draws.tolist()):
-        j = draw % (i + 1)
-        items[i], items[j] = items[j], items[i]
-    return items
+    def _window(self, index: int) -> Batch:
+        """The sequence at place `index` of the endless order, and one token more."""
+        epoch, place = divmod(index, self.sequences_per_epoch)
+        if epoch != self._epoch:
+            self._shard_order = np.random.RandomState([self._seed, epoch]).permutation(len(self._shards))
+            self._ends = np.cumsum(self._counts[self._shard_order])
+            self._epoch, self._place_in_order = epoch, -1
+        at = int(np.searchsorted(self._ends, place, side="right"))
+        shard = int(self._shard_order[at])
+        if at != self._place_in_order:
+            # RandomState, since numpy promises that its stream never changes
+            self._order = np.random.RandomState([self._seed, epoch, shard]).permutation(self._counts[shard])
+            self._place_in_order = at
+        start = int(self._order[place - int(self._ends[at] - self._counts[shard])]) * self.sequence_length
+        return self._shards[shard][start : start + self.sequence_length + 1].astype(np.int64)
 
 
 class ValidationBatches:

@@ -17,7 +17,6 @@ class Example(Engine):
     """GPT-2 in numpy, without a KV cache."""
 
     name = "example"
-    architectures = ("GPT2LMHeadModel",)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, *, dtype: str | None = None, device: str | None = None) -> Self:
