@@ -26,14 +26,15 @@ def command() -> None:
     help="A registered name (bpe and char are trained on the text), a tokenizer.json, its folder, or a checkpoint.",
 )
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), metavar="N", help="Tokens of a trained tokenizer.  [default: 8192]"
+    "--vocab-size", type=click.IntRange(min=1), metavar="N", show_default="8192", help="Tokens of a trained tokenizer."
 )
 @click.option("--val", "val_sources", multiple=True, metavar="SOURCE", help="Text to validate on; may be repeated.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 0.5, min_open=True),
     metavar="X",
-    help="Fraction of the documents held out to validate on, where no source brings its own.  [default: 0.02]",
+    show_default="0.02",
+    help="Fraction of the documents held out to validate on, where no source brings its own.",
 )
 @click.option(
     "--shard-tokens",
@@ -44,9 +45,15 @@ def command() -> None:
     help="Tokens in a shard.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes that encode.  [default: one for each core]"
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="one for each core, at most 8",
+    help="Processes that encode.",
 )
-@click.option("--text-field", metavar="FIELD", help="JSON key or parquet column that holds the text.  [default: text]")
+@click.option(
+    "--text-field", metavar="FIELD", show_default="text", help="JSON key or parquet column that holds the text."
+)
 @click.option(
     "--limit-documents",
     type=click.IntRange(min=1),

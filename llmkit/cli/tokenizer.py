@@ -21,7 +21,14 @@ def command() -> None:
 
 @command.command()
 @click.argument("sources", nargs=-1, required=True, metavar="FILES...")
-@click.option("--vocab-size", type=click.IntRange(min=1), default=8192, show_default=True, metavar="N", help="Tokens.")
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    metavar="N",
+    help="Tokens, special ones included.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to make.")
 @click.option(
     "--special-token",
@@ -30,7 +37,9 @@ def command() -> None:
     metavar="T",
     help="A further special token, behind <|endoftext|>; may be repeated.",
 )
-@click.option("--text-field", metavar="FIELD", help="JSON key or parquet column that holds the text.  [default: text]")
+@click.option(
+    "--text-field", metavar="FIELD", show_default="text", help="JSON key or parquet column that holds the text."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the folder DIR.")
 @ui.json_option
 def train(
@@ -86,7 +95,9 @@ def _texts(sources: list[DataSource], update: Callable[..., None]) -> Iterator[s
 @command.command("eval")
 @click.argument("tokenizer", metavar="TOKENIZER")
 @click.argument("sources", nargs=-1, metavar="[FILES...]")
-@click.option("--text-field", metavar="FIELD", help="JSON key or parquet column that holds the text.  [default: text]")
+@click.option(
+    "--text-field", metavar="FIELD", show_default="text", help="JSON key or parquet column that holds the text."
+)
 @ui.json_option
 def evaluate(tokenizer: str, sources: tuple[str, ...], text_field: str | None, as_json: bool) -> None:
     """Compare the compression of TOKENIZER with gpt2 and cl100k_base, in bytes per token.

@@ -34,6 +34,9 @@ _BATCH_CHARACTERS = 1 << 20
 #: Sources of known size below this are encoded in this process: starting others takes longer than the work.
 _SMALL = 4 << 20
 
+#: Beyond this, reading in one process is what takes the time, and every worker takes some 100 MB of memory.
+_MOST_WORKERS = 8
+
 #: Called with how much has been read, in [0, 1] or None, and the tokens so far.
 Progress = Callable[[float | None, int], None]
 
@@ -224,7 +227,8 @@ def _worker_count(workers: int | None, sources: Sequence[DataSource]) -> int:
     sizes = [source.size if isinstance(source, FileSource) else _SMALL for source in sources]
     if sum(sizes) < _SMALL:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
 
 
 class _Split:
