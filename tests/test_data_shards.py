@@ -117,7 +117,7 @@ def test_an_epoch_takes_each_sequence_once_over_all_ranks(
     ranks = [TrainBatches(shards, batch, length, seed=seed, rank=rank, world=world) for rank in range(world)]
     epoch = ranks[0].sequences_per_epoch
     seen: list[int] = []
-    while len(seen) < 2 * epoch:
+    while len(seen) < 2 * (epoch + world * batch):
         for reader in ranks:
             x, y = next(reader)
             assert x.shape == y.shape == (batch, length)
