@@ -373,6 +373,18 @@ def test_memory_stays_bounded_while_a_large_text_streams(large: Path, tmp_path: 
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == large.stat().st_size
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(large: Path, tmp_path: Path) -> None:
+    """A limit on the size of files fails the same write calls as a full disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20));"
+    code = f"import sys; {limit} from llmkit.cli.main import main; main(sys.argv[1:])"
+    arguments = ["data", "prepare", str(large), "--tokenizer", "byte", "--out", str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "train_000000.bin: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["large.txt"]
+
+
 def test_batches_come_back_in_order_and_few_are_held(tmp_path: Path) -> None:
     load_tokenizer("byte").save(tmp_path)
     taken = 0

@@ -30,7 +30,7 @@ def test_stdlib_is_documentation_and_source_in_a_fixed_order() -> None:
     assert texts == [document.text for document in source.documents()]
     assert sum(map(len, texts)) > 5_000_000
     assert any("class OrderedDict" in text for text in texts)
-    positions = [document.position for document in documents]
+    positions = [document.position or 0.0 for document in documents]
     assert positions == sorted(positions)
     assert 0.99 < positions[-1] <= 1
     assert not any("site-packages" in text[:200] for text in texts)
@@ -50,7 +50,7 @@ def test_stdlib_reads_a_zipped_library(tmp_path: Path, monkeypatch: pytest.Monke
         archive.writestr("os.py", "import sys  # zipped\n")
         archive.writestr("test/test_os.py", "left out\n")
         archive.writestr("latin.py", b"# -*- coding: latin-1 -*-\n# \xe9\n")
-    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
     monkeypatch.setattr(stdlib, "_topics", lambda: ["topic"])
     assert [document.text for document in stdlib.documents()] == ["topic", "import sys  # zipped\n"]
 
@@ -58,7 +58,7 @@ def test_stdlib_reads_a_zipped_library(tmp_path: Path, monkeypatch: pytest.Monke
 def test_stdlib_without_sources_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmkit_sources import stdlib
 
-    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match=r"standard library is not at .*install Python with its \.py files"):
         list(stdlib.documents())
 

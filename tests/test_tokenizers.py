@@ -21,12 +21,11 @@ SAMPLE = """The cat isn't here; it's over there. I'LL see you'D IT'S 'Twas don�
 def f(x):\r\n    return x ** 2  # 12345 6789\n\n\n\tif x:   \n  y = "naïve café" \u3000日本語テスト 안녕 Привет мир
    trailing spaces   \n\n<|endoftext|>and <|a|> <|unk|>\x00\x7f 🎉👩‍👩‍👧 e\u0301 ١٢٣ ½ ²"""
 
-#: Text of characters on whose category all Unicode versions agree; surrogates do not occur in UTF-8.
-assigned = st.characters(exclude_categories=("Cs", "Cn", "Co"), max_codepoint=0xFFFF)
+characters_of_utf8 = st.characters(exclude_categories=["Cs"])  # surrogates do not occur in UTF-8
 pieces = st.sampled_from(
     ["'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "<|endoftext|>", "123", "'ſ", "　", "\u0085", "don't"]
 )
-texts = st.lists(st.one_of(st.text(assigned, max_size=8), pieces), max_size=12).map("".join)
+texts = st.lists(st.one_of(st.text(characters_of_utf8, max_size=8), pieces), max_size=12).map("".join)
 relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

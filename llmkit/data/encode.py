@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def _hash(text: bytes) -> int:
 
 def encode_all(
     batches: Iterable[Batch], tokenizer_folder: Path, *, dtype: str, val_fraction: float, workers: int
-) -> Iterator[tuple[Batch, Encoded]]:
+) -> Generator[tuple[Batch, Encoded], None, None]:
     """Each batch with its encoding, in order; with one worker in this process, else in `workers` others.
 
     The tokenizer is read from its folder. At most a few batches a worker are held at once. Raises RuntimeError where a
@@ -134,6 +134,7 @@ _encoder: Encoder | None = None  # of a worker process
 
 def _start_worker(tokenizer_folder: Path, dtype: str, val_fraction: float) -> None:
     global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(load_tokenizer(tokenizer_folder), dtype, val_fraction)
 

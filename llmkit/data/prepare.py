@@ -6,6 +6,7 @@ Batches of about a megabyte go to worker processes and come back in order, and t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -105,7 +106,8 @@ def prepare(
             val_fraction=val_fraction,
             workers=_worker_count(workers, opened),
         )
-        splits = _write(encoded, folder, dtype, shard_tokens, limits, progress)
+        with contextlib.closing(encoded):  # ends the workers before the folder goes, whatever happens
+            splits = _write(encoded, folder, dtype, shard_tokens, limits, progress)
         meta = {
             "format": META_FORMAT,
             "llmkit_version": __version__,
@@ -258,7 +260,7 @@ class _Split:
 
 
 def _write(
-    encoded: Iterator[tuple[Batch, Encoded]],
+    encoded: Iterable[tuple[Batch, Encoded]],
     folder: Path,
     dtype: str,
     shard_tokens: int,

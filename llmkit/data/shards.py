@@ -6,7 +6,9 @@ magic 20240520 and version 1, or uint32 with magic 20240801 and version 7 (llm.c
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -84,7 +86,11 @@ class ShardWriter:
         return sum(shard.tokens for shard in self.shards) + (self._written if self._file else 0)
 
     def write(self, tokens: npt.NDArray[np.unsignedinteger]) -> None:
-        """Append tokens (any number); a document may run on into the next shard."""
+        """Append tokens (any number); a document may run on into the next shard. Raises OSError, naming the file."""
+        with self._named_errors():
+            self._write(tokens)
+
+    def _write(self, tokens: npt.NDArray[np.unsignedinteger]) -> None:
         done = 0
         while done < len(tokens):
             if self._file is None:
@@ -112,7 +118,20 @@ class ShardWriter:
         self._file = None
 
     def close(self) -> list[ShardInfo]:
-        """Finish the last shard; the shards in order."""
-        if self._file is not None:
-            self._finish()
+        """Finish the last shard; the shards in order. Raises OSError, naming the file."""
+        with self._named_errors():
+            if self._file is not None:
+                self._finish()
         return self.shards
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the file in an error such as a full disk, and let go of it: what it buffers cannot be written either."""
+        try:
+            yield
+        except OSError as error:
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                self._file = None
+            raise OSError(error.errno, error.strerror, str(self._path())) from error
