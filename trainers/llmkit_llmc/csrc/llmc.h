@@ -37,6 +37,8 @@ typedef struct llmc_model llmc_model;
 // What this build is: "avx512 bf16-instructions openmp mpi" or the like, and the default dtype of the machine.
 const char *llmc_build(void);
 int llmc_default_dtype(void);
+// FLOP/s of multiply-adds in registers alone; threads 0 = all, dtype as below. Takes `seconds`.
+double llmc_machine_peak(int threads, int dtype, double seconds);
 
 int llmc_padded_vocab(int vocab); // rounded up to a multiple of 128
 // "d12", "gpt2:d12", "gpt3:c768".
