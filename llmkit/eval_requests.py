@@ -74,7 +74,7 @@ class Encoder:
         return windows
 
     def prompt(self, request: Generate) -> tuple[Ids, bool]:
-        """Ids of a prompt, and whether it was cut to leave room for `max_tokens` (half the context, if they fill it)."""
+        """Ids of a prompt, and whether it was cut so that `max_tokens` (at most half the context) have room."""
         length = self.context_length
         room = length - (request.max_tokens if request.max_tokens < length else length // 2)
         ids = tuple(self.tokenizer.encode_prompt(request.prompt)) or (self.prefix,)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from llmkit.engine import Chunk, Engine, FinishReason, GenerateRequest, Sampling
 from llmkit.tokenizer import Tokenizer
 
-WINDOW = 8  # tokens decoded together with a new one, since a word's first token may be written differently alone
-
 _engine_ids = itertools.count()  # one sequence for the process, so that generators can share an engine
 
 
@@ -60,15 +58,14 @@ class TextPiece:
 class Detokenizer:
     """Turns the tokens of one continuation into text as they come.
 
-    Special tokens, and ids that only the model's padding knows, give no text. `prompt` is what came before: some
-    tokenizers write a token differently at the beginning of a text.
+    Special tokens, and ids that only the model's padding knows, give no text. Where nothing of `prompt` is text, the
+    continuation begins a text, and loses the space that some tokenizers write in front of one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.special_tokens.values())
-        self._window = [token for token in prompt[-WINDOW:] if self._visible(token)]
-        self._given = tokenizer.decode_bytes(self._window)
+        self._begins = not any(self._visible(token) for token in prompt)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def _visible(self, token: int) -> bool:
@@ -76,13 +73,12 @@ class Detokenizer:
 
     def add(self, tokens: Iterable[int]) -> str:
         """The text that these tokens add; the bytes of an unfinished character are held back."""
-        self._window += [token for token in tokens if self._visible(token)]
-        data = self._tokenizer.decode_bytes(self._window)
-        text = self._utf8.decode(data[len(self._given) :])
-        self._given = data
-        if len(self._window) > 2 * WINDOW:
-            self._window = self._window[-WINDOW:]
-            self._given = self._tokenizer.decode_bytes(self._window)
+        ids = [token for token in tokens if self._visible(token)]
+        text = self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        if self._begins and ids:
+            self._begins = False
+            if text.startswith(" ") and not self._tokenizer.decode(ids).startswith(" "):
+                text = text[1:]
         return text
 
     def finish(self) -> str:

@@ -55,6 +55,8 @@ class BitsPerByte(Evaluator):
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
         """All bits over all bytes; the standard error is that of a ratio of two sums (linearised)."""
         n = len(scores)
+        if not n:
+            return {}
         total = math.fsum(score["bytes"] for score in scores)
         if not total:
             raise ValueError("task 'bpb': the text is empty")
