@@ -66,7 +66,8 @@ class Library:
         self._lib.llmc_model_grad_square.restype = ctypes.c_double
         self._lib.llmc_model_gradients.restype = ctypes.c_void_p
         self._lib.llmc_param_count.restype = i64
-        self._lib.llmc_machine_peak.restype = ctypes.c_double
+        for name in ("llmc_machine_peak", "llmc_outliers_add", "llmc_comm_sum"):
+            getattr(self._lib, name).restype = ctypes.c_double
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(self._lib, name)
