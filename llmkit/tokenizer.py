@@ -103,9 +103,16 @@ def load_tokenizer(ref: str | Path) -> Tokenizer:
         raise ValueError(f"no tokenizer.json in {path}")
     if path.is_file():
         return _load_json(path)
+    return find_provider(str(ref)).load()
+
+
+def find_provider(name: str) -> type[TokenizerProvider]:
+    """The registered tokenizer of that name. Raises ValueError for another one, with the nearest names."""
     from llmkit.plugins import get_plugins
 
-    return get_plugins().tokenizer(str(ref)).load()
+    if "/" in name or name.endswith(".json"):
+        raise ValueError(f"there is no tokenizer {name}: no such file or folder")
+    return get_plugins().tokenizer(name)
 
 
 def _load_json(path: Path) -> Tokenizer:

@@ -17,10 +17,26 @@ import pytest
 from llmkit.data.hub import HubSource
 from llmkit.data.prepare import prepare
 from llmkit.data.readers import open_source
+from llmkit.data.source import DataSource
 from llmkit.data.tokens import TokenData
 from llmkit.plugins import get_plugins
+from llmkit.testing.data import DataSourceContract
 
 DATASETS = ["tinystories", "fineweb", "fineweb-edu", "climbmix"]
+
+
+class TestStdlib(DataSourceContract):
+    @pytest.fixture
+    def source(self) -> DataSource:
+        return open_source("stdlib")
+
+
+class TestFiles(DataSourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> DataSource:
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        (tmp_path / "b.txt").write_text("three")
+        return open_source(str(tmp_path))
 
 
 def test_stdlib_is_documentation_and_source_in_a_fixed_order() -> None:

@@ -15,7 +15,8 @@ from llmkit.bpe import SPLITS, ByteLevelBPE, recover_merge
 from llmkit.char_tokenizer import UNKNOWN, CharTokenizer
 from llmkit.hf_tokenizer import HFTokenizer
 from llmkit.plugins import UnknownComponent, get_plugins
-from llmkit.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from llmkit.testing.data import SAMPLES, TokenizerContract
+from llmkit.tokenizer import END_OF_TEXT, Tokenizer, TokenizerProvider, load_tokenizer
 
 SAMPLE = """The cat isn't here; it's over there. I'LL see you'D IT'S 'Twas don’t ſ'ſ 'ſo
 def f(x):\r\n    return x ** 2  # 12345 6789\n\n\n\tif x:   \n  y = "naïve café" \u3000日本語テスト 안녕 Привет мир
@@ -416,9 +417,40 @@ def test_an_unknown_decoder_is_an_error(trained_folder: Path, tmp_path: Path) ->
 # --- by name
 
 
+class TestBPE(TokenizerContract):
+    @pytest.fixture
+    def provider(self) -> type[TokenizerProvider]:
+        return get_plugins().tokenizer("bpe")
+
+
+class TestByte(TokenizerContract):
+    @pytest.fixture
+    def provider(self) -> type[TokenizerProvider]:
+        return get_plugins().tokenizer("byte")
+
+
+class TestGPT2(TokenizerContract):
+    @pytest.fixture
+    def provider(self, tiktoken_cache: Path) -> type[TokenizerProvider]:
+        return get_plugins().tokenizer("gpt2")
+
+
+class TestChar(TokenizerContract):
+    @pytest.fixture
+    def provider(self) -> type[TokenizerProvider]:
+        return get_plugins().tokenizer("char")
+
+    @pytest.fixture
+    def tokenizer(self, provider: type[TokenizerProvider]) -> Tokenizer:
+        """Trained on the characters of the special tokens too: any other character would be the unknown one."""
+        return provider.train([*SAMPLES, UNKNOWN], vocab_size=512, special_tokens=())
+
+
 def test_unknown_names_give_the_nearest() -> None:
     with pytest.raises(UnknownComponent, match="did you mean gpt2"):
         load_tokenizer("gtp2")
+    with pytest.raises(ValueError, match=r"there is no tokenizer \./none: no such file or folder"):
+        load_tokenizer("./none")
 
 
 def test_trainable_tokenizers_say_that_they_must_be_trained() -> None:

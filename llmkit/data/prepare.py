@@ -26,7 +26,7 @@ from llmkit.data.shards import ShardInfo, ShardWriter, token_dtype
 from llmkit.data.source import DataSource, Text
 from llmkit.data.split import split_text
 from llmkit.data.tokens import META, META_FORMAT
-from llmkit.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer import Tokenizer, find_provider, load_tokenizer
 
 DEFAULT_VOCAB_SIZE = 8192
 #: Characters that a tokenizer is trained on at most: more changes its compression by less than a percent.
@@ -132,11 +132,9 @@ def _tokenizer(
     ref: str, vocab_size: int | None, texts: Callable[[], Iterable[str]], note: Callable[[str], None]
 ) -> Tokenizer:
     """The tokenizer that `ref` names, trained on `texts()` where it is a trainable one."""
-    from llmkit.plugins import get_plugins
-
     path = Path(ref).expanduser()
     if not path.exists():
-        provider = get_plugins().tokenizer(ref)
+        provider = find_provider(ref)
         require(provider.requires, f"tokenizer {ref!r}")
         if provider.trainable:
             size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
