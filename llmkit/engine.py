@@ -64,7 +64,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # CTRL's: divides positive and multiplies negative logits of tokens seen
     presence_penalty: float = 0.0  # OpenAI's: subtracted once for a token generated before
     frequency_penalty: float = 0.0  # OpenAI's: subtracted once per earlier occurrence
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added to the logits of these ids
     stop_token_ids: tuple[int, ...] = ()  # beside the checkpoint's own end tokens
     ignore_eos: bool = False
     min_tokens: int = 0

@@ -11,12 +11,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from llmkit.checkpoint import Checkpoint, CheckpointError
 from llmkit.engine import Chunk, Engine, GenerateRequest, ScoreRequest, ScoreResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmkit.checkpoint import Checkpoint
     from llmkit.sampling import Sampler
 
 POOL_TOKENS = 2**18  # read ahead: enough to sort by length, small beside any model
@@ -292,6 +292,8 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     """The model in evaluation mode, every parameter of it read from the checkpoint."""
     import torch
     import transformers
+
+    from llmkit.checkpoint import CheckpointError
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in types:
