@@ -115,10 +115,11 @@ def save_weights(path: Path, weights: Mapping[str, Array], *, dtype: str = "fp32
         tensors = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in weights.items()}
         save_file(tensors, path, metadata={"format": "pt"})
         return
-    from safetensors import serialize_file
+    from safetensors import TensorSpec, serialize_file
 
-    tensors_bf16: Any = {
-        name: {"dtype": "bfloat16", "shape": list(array.shape), "data": fp32_to_bf16(array).tobytes()}
-        for name, array in weights.items()
+    rounded = {name: fp32_to_bf16(array) for name, array in weights.items()}  # TensorSpec points into these
+    specs = {
+        name: TensorSpec(dtype="bfloat16", shape=bits.shape, data_ptr=bits.ctypes.data, data_len=bits.nbytes)
+        for name, bits in rounded.items()
     }
-    serialize_file(tensors_bf16, path, metadata={"format": "pt"})
+    serialize_file(specs, path, metadata={"format": "pt"})

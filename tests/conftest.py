@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+settings.register_profile("llmkit", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("llmkit")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; read when huggingface_hub is imported
 
 
@@ -25,3 +32,18 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data in {path}: set LLMKIT_TEST_DATA")
     return path
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `llmkit` in a process of its own and check its exit code; stdout and stderr as text."""
+
+    def run(*args: object, code: int = 0, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmkit", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        if code:
+            assert "Traceback" not in done.stderr
+        return done
+
+    return run

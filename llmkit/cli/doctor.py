@@ -53,7 +53,9 @@ def _machine() -> list[Finding]:
     features = _cpu_features()
     return [
         Finding("llmkit", "ok", f"{__version__}, Python {platform.python_version()} at {sys.prefix}"),
-        Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB of memory"),
+        Finding(
+            "machine", "ok", f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB of memory"
+        ),
         Finding("CPU features", "note", ", ".join(features) or "none that matter here"),
     ]
 
@@ -157,7 +159,9 @@ def _data() -> list[Finding]:
     vocabularies = os.environ.get("TIKTOKEN_CACHE_DIR")
     return [
         Finding("cache", "note", f"{cache_dir()} (set LLMKIT_CACHE_DIR to move it)"),
-        Finding("TIKTOKEN_CACHE_DIR", "note", vocabularies or "not set: gpt2's and GPT-4's vocabularies are downloaded"),
+        Finding(
+            "TIKTOKEN_CACHE_DIR", "note", vocabularies or "not set: gpt2's and GPT-4's vocabularies are downloaded"
+        ),
         Finding("latest run", "note", str(run) if run else "none"),
     ]
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["hf", "llmc"]), required=True,
               help="hf: a folder for transformers and others; llmc: a .bin model of llm.c with its tokenizer beside it.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Type of the weights.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Type of the weights."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @json_option
 def command(checkpoint: str, out: Path, format_: str, dtype: str, overwrite: bool, as_json: bool) -> None:
@@ -35,7 +37,14 @@ def command(checkpoint: str, out: Path, format_: str, dtype: str, overwrite: boo
         raise click.UsageError(f"{out} is there already: choose another name, or replace it with --overwrite")
     written = _export_hf(opened, out, dtype) if format_ == "hf" else _export_llmc(opened, out, dtype)
     if as_json:
-        emit({"checkpoint": str(opened.path), "format": format_, "dtype": dtype, "files": [str(path) for path in written]})
+        emit(
+            {
+                "checkpoint": str(opened.path),
+                "format": format_,
+                "dtype": dtype,
+                "files": [str(path) for path in written],
+            }
+        )
     else:
         for path in written:
             print(path)

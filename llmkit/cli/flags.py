@@ -61,21 +61,19 @@ class ComponentCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def _selected(self, args: list[str]) -> str | None:
+        selected = None
         for index, arg in enumerate(args):
             if arg == "--":
                 break
             if arg == self.selector and index + 1 < len(args):
-                return args[index + 1]
+                selected = args[index + 1]  # the last one counts, as for any flag
             if arg.startswith(self.selector + "="):
-                return arg.split("=", 1)[1]
-        return None
+                selected = arg.split("=", 1)[1]
+        return selected
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if "component_flags" not in ctx.meta:
-            try:
-                ctx.meta["component_flags"] = flags(self.options_of(ctx.meta.get("component")))
-            except ValueError as error:  # an unknown name is a usage error, like any other bad value of a flag
-                raise click.UsageError(str(error), ctx) from None
+            ctx.meta["component_flags"] = flags(self.options_of(ctx.meta.get("component")))
         params: list[click.Parameter] = super().get_params(ctx)
         own = len(self.params)  # behind them stands --help, which stays last
         return [*params[:own], *ctx.meta["component_flags"], *params[own:]]

@@ -97,7 +97,9 @@ def run(args: list[str]) -> int:
         print("llmkit: interrupted", file=sys.stderr)
         return 130
     except click.ClickException as error:
-        error.show()
+        print(f"llmkit: error: {error.format_message()}", file=sys.stderr)
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            print(f"see: {error.ctx.command_path} --help", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stdout = None  # type: ignore[assignment]  # else the interpreter complains when it flushes
@@ -106,7 +108,9 @@ def run(args: list[str]) -> int:
         if debug:
             raise
         print(f"llmkit: error: {describe(error)}", file=sys.stderr)
-        return 1
+        from llmkit.plugins import UnknownComponent
+
+        return 2 if isinstance(error, UnknownComponent) else 1
 
 
 def describe(error: Exception) -> str:

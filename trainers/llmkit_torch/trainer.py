@@ -40,13 +40,12 @@ class TorchTrainer(Trainer):
 
     @classmethod
     def resolve(cls, config: TorchConfig, data: TokenData, start: Checkpoint | None) -> TorchConfig:
-        resolved: TorchConfig = super().resolve(config, data, start)
-        if resolved.dtype is None:
-            from llmkit_torch.hardware import has_fast_bf16, pick_device
+        from llmkit_torch.hardware import has_fast_bf16, pick_device
 
-            fast = has_fast_bf16(pick_device(resolved.device))
-            resolved = dataclasses.replace(resolved, dtype="bf16" if fast else "fp32")
-        return resolved
+        resolved: TorchConfig = super().resolve(config, data, start)
+        device = pick_device(resolved.device)
+        dtype = resolved.dtype or ("bf16" if has_fast_bf16(device) else "fp32")
+        return dataclasses.replace(resolved, dtype=dtype)
 
     def train(self, job: TrainJob) -> Iterator[Event]:
         import torch
