@@ -267,8 +267,8 @@ def test_json_is_one_object_and_everything_else_goes_to_stderr(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["stdlb", "--out", "{}/x"], 1, "did you mean stdlib"),
-        (["{}/stories.jsonl", "--out", "{}/x", "--tokenizer", "gtp2"], 1, "did you mean gpt2"),
+        (["stdlb", "--out", "{}/x"], 2, "did you mean stdlib"),
+        (["{}/stories.jsonl", "--out", "{}/x", "--tokenizer", "gtp2"], 2, "did you mean gpt2"),
         (["{}/stories.jsonl", "--out", "{}/x", "--text-field", "body"], 1, "line 1: there is no field 'body'"),
         (["{}/stories.jsonl", "--out", "{}/x", "--vocab-size", "200"], 1, "too small"),
         (["{}/stories.jsonl", "--out", "{}/x", "--workers", "0"], 2, "--workers"),

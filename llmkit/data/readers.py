@@ -95,10 +95,10 @@ def _hidden(file: Path, folder: Path) -> bool:
 def open_source(spec: str, *, text_field: str | None = None) -> DataSource:
     """What a SOURCE argument means: `hf:<dataset>[:config]`, a named source, a file, a folder or a glob.
 
-    A name comes before a file of the same name (`./stdlib` is the file). Raises ValueError, with the nearest names,
-    where it is none of these, and MissingRequirement where a module that the source needs is not installed.
+    A name comes before a file of the same name (`./stdlib` is the file). Raises UnknownComponent, with the nearest
+    names, where it is none of these, ValueError where it names no text files, and MissingRequirement where a module that the source needs is not installed.
     """
-    from llmkit.plugins import get_plugins
+    from llmkit.plugins import UnknownComponent, get_plugins
 
     field = text_field or "text"
     if spec.startswith("hf:"):
@@ -113,7 +113,7 @@ def open_source(spec: str, *, text_field: str | None = None) -> DataSource:
         return source()
     if Path(spec).expanduser().exists() or glob.has_magic(spec):
         return FileSource(find_files(spec), text_field=field)
-    raise ValueError(f"there is no file, folder or data source {spec!r}: {nearest(spec, names)}")
+    raise UnknownComponent(f"there is no file, folder or data source {spec!r}: {nearest(spec, names)}")
 
 
 def read_file(path: Path, text_field: str = "text") -> Iterator[Text]:
