@@ -96,7 +96,8 @@ def open_source(spec: str, *, text_field: str | None = None) -> DataSource:
     """What a SOURCE argument means: `hf:<dataset>[:config]`, a named source, a file, a folder or a glob.
 
     A name comes before a file of the same name (`./stdlib` is the file). Raises UnknownComponent, with the nearest
-    names, where it is none of these, ValueError where it names no text files, and MissingRequirement where a module that the source needs is not installed.
+    names, where it is none of these, ValueError where it names no text files, and MissingRequirement where a module
+    that the source needs is not installed.
     """
     from llmkit.plugins import UnknownComponent, get_plugins
 
