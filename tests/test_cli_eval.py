@@ -83,6 +83,11 @@ def test_wrong_use_is_exit_code_2(args: list[str], message: str, capsys: pytest.
     assert message in err and not out
 
 
+def test_an_unknown_text_is_exit_code_2(checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = evaluate(capsys, str(checkpoint.path), "--tasks", "bpb", "--data", "stdlip", code=2)
+    assert "there is no file, folder or data source 'stdlip': did you mean stdlib?" in err
+
+
 def test_failures_are_exit_code_1(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def message(*args: str) -> str:
         out, err = evaluate(capsys, *args, "--tasks", "bpb", code=1)
@@ -92,7 +97,6 @@ def test_failures_are_exit_code_1(checkpoint: Checkpoint, tmp_path: Path, capsys
     model = str(checkpoint.path)
     assert "there is no checkpoint" in message(str(tmp_path / "none"))
     assert "does not say what it was trained on" in message(model)
-    assert "there is no file, folder or data source" in message(model, "--data", str(tmp_path / "none"))
     assert "there is no folder" in message(model, "--data-dir", str(tmp_path / "none"))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     assert "is not UTF-8 text" in message(model, "--data", str(tmp_path / "latin.txt"))

@@ -332,3 +332,14 @@ def test_a_rolling_log_likelihood_sums_its_windows(checkpoint: Checkpoint) -> No
 def test_the_mean_has_its_standard_error() -> None:
     assert mean([1.0]) == Metric(1.0, None)
     assert mean([0.0, 1.0, 1.0]).stderr == pytest.approx(math.sqrt((1 / 3) / 3))
+
+
+def test_the_example_in_the_documentation_runs(checkpoint: Checkpoint) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "eval.md").read_text("utf-8")
+    (code,) = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    get_plugins()._items["evaluator"]["capitals"] = names["Capitals"]
+    evaluation = Evaluation(checkpoint, ["capitals"])
+    run(evaluation)
+    assert evaluation.results()["results"]["capitals"]["n"] == 2

@@ -32,7 +32,14 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results here, samples beside it.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]")
-@click.option("--seed", type=click.IntRange(min=0), default=1234, show_default=True, metavar="N")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1234,
+    show_default=True,
+    metavar="N",
+    help="Of few-shot draws and sampled answers.",
+)
 @ui.json_option
 def command(
     checkpoint: str | None,
@@ -50,7 +57,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Evaluate CHECKPOINT, by default the newest of the latest training run, on tasks."""
-    from llmkit.plugins import UnknownComponent, get_plugins
+    from llmkit.plugins import get_plugins
 
     if list_tasks or tasks == "list":
         _show_tasks(as_json)
@@ -58,13 +65,10 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names:
         raise click.UsageError("name the tasks with --tasks; `llmkit eval --list` shows them")
-    try:
-        for name in names:
-            get_plugins().evaluator(name)
-        if engine is not None:
-            get_plugins().engine(engine)
-    except UnknownComponent as error:
-        raise click.UsageError(str(error)) from None
+    for name in names:
+        get_plugins().evaluator(name)
+    if engine is not None:
+        get_plugins().engine(engine)  # a wrong name shows before anything is loaded
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"there is no folder {data_dir}")
 

@@ -33,8 +33,22 @@ TEMPERATURE = 0.8  # plain sampling from a small model wanders; this stays livel
     help="Sample from the likeliest tokens that hold X of the probability.",
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Makes sampling repeatable.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
-@click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Generate at most N tokens.",
+)
+@click.option(
+    "--num-samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Continue the prompt N times, with the seeds --seed, --seed + 1, …",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--engine", metavar="NAME", help="[default: the one for the model's architecture]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
@@ -73,7 +87,6 @@ def command(
     from llmkit.engine import Sampling
     from llmkit.engines import open_engine
     from llmkit.generation import TextGenerator, TextRequest
-    from llmkit.plugins import UnknownComponent
 
     text = _read_prompt(prompt)
     opened = Checkpoint.open(checkpoint)
@@ -86,11 +99,7 @@ def command(
         seed=seed,
     )
     request = TextRequest(0, tuple(ids), sampling, stop=stop, n=num_samples)
-    try:
-        running = open_engine(opened, engine, dtype=dtype, device=device)
-    except UnknownComponent as error:
-        raise click.UsageError(str(error)) from None
-    with running:
+    with open_engine(opened, engine, dtype=dtype, device=device) as running:
         if len(ids) >= running.context_length:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, but the model's context of {running.context_length} leaves room "
