@@ -108,6 +108,42 @@ def test_greedy_tokens_equal_the_models_generate(engine: TransformersEngine) -> 
         assert together[request.id] == tokens_of(engine.generate([request]))[request.id]
 
 
+SHAPE = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MLP = {**SHAPE, "intermediate_size": 64, "max_position_embeddings": 64}
+ARCHITECTURES = {  # what differs in positions, masks and heads
+    "MistralConfig": {**MLP, "num_key_value_heads": 2, "sliding_window": 8},
+    "Gemma2Config": {**MLP, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "Qwen3Config": {**MLP, "num_key_value_heads": 2, "head_dim": 8},
+    "GPTNeoXConfig": MLP,
+    "OPTConfig": {**SHAPE, "ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "BloomConfig": {"vocab_size": 120, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**ARCHITECTURES[name], eos_token_id=1, bos_token_id=0, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # further from uniform predictions than fresh weights are
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    model.save_pretrained(tmp_path)
+    with TransformersEngine.open(Checkpoint.open(tmp_path), dtype="fp32", device="cpu") as engine:
+        test_greedy_tokens_equal_the_models_generate(engine)
+        test_log_likelihoods_equal_a_plain_forward_pass(engine)
+
+
+def test_a_recurrent_architecture_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=1, state_size=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="MambaForCausalLM has none"):
+        TransformersEngine.open(Checkpoint.open(tmp_path))
+
+
 def test_an_end_token_ends_a_generation(engine: TransformersEngine) -> None:
     (eos,) = engine.eos_ids
     sampling = Sampling(temperature=0, max_tokens=8, min_tokens=3, logit_bias={eos: 1e4})

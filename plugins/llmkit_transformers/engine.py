@@ -24,7 +24,7 @@ BATCH_TOKENS = 2**13  # tokens of a forward pass, padding included
 BATCH_LOGITS_BYTES = 2**28  # fp32 logits of a forward pass
 CACHE_BYTES = 2**29  # keys and values of a batch that generates
 BATCH_ROWS = 64  # requests that generate together
-UNBOUNDED_CONTEXT = 2048  # for architectures without a limit (ALiBi, recurrent): what lm-eval takes for them too
+UNBOUNDED_CONTEXT = 2048  # for architectures without a limit (ALiBi): what lm-eval takes for them too
 
 R = TypeVar("R", ScoreRequest, GenerateRequest)
 
@@ -51,10 +51,15 @@ class TransformersEngine(Engine):
     def open(cls, checkpoint: Checkpoint, *, dtype: str | None = None, device: str | None = None) -> Self:
         """Load a checkpoint's safetensors; its own code is never run.
 
-        Raises CheckpointError for one that has no or pickled weights, lacks tensors or has them in other shapes.
+        Raises CheckpointError for one that has no or pickled weights, lacks tensors or has them in other shapes, and
+        ValueError for a recurrent architecture, whose state it cannot batch.
         """
         dtype = dtype or ("bf16" if _stored_dtype(checkpoint) == "bfloat16" else "fp32")  # fp16 fits into fp32
         model = _load(checkpoint, dtype, device or _best_device())
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"engine 'transformers' runs models with a key-value cache, and {type(model).__name__} has none"
+            )
         length = _context_length(model.config.get_text_config())
         return cls(model, context_length=length, eos_ids=checkpoint.eos_ids, dtype=dtype)
 
