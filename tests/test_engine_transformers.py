@@ -233,6 +233,7 @@ def test_small_budgets_change_nothing(engine: TransformersEngine, monkeypatch: p
         "POOL_TOKENS": 40,
         "BATCH_TOKENS": 30,
         "BATCH_LOGITS_BYTES": 1,
+        "SLICE": 2,
         "CACHE_BYTES": 1,
         "BATCH_ROWS": 3,
     }.items():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POOL_TOKENS = 2**18  # read ahead: enough to sort by length, small beside any model
 BATCH_TOKENS = 2**13  # tokens of a forward pass, padding included
 BATCH_LOGITS_BYTES = 2**28  # fp32 logits of a forward pass
+SLICE = 2**8  # positions whose probabilities are worked out at once
 CACHE_BYTES = 2**29  # keys and values of a batch that generates
 BATCH_ROWS = 64  # requests that generate together
 UNBOUNDED_CONTEXT = 2048  # for architectures without a limit (ALiBi): what lm-eval takes for them too
@@ -110,10 +111,14 @@ class TransformersEngine(Engine):
                     first = len(fed) - len(request.continuation)  # logits here predict the first token asked about
                     at = [column[position] for position in range(first, len(fed))]
                     targets = torch.tensor(request.continuation, device=self.device).unsqueeze(1)  # (N, 1)
-                    values = logits[row, at].float()  # (N, V)
-                    logprobs = values.gather(1, targets).squeeze(1) - values.logsumexp(-1)
-                    greedy = values.argmax(-1) == targets.squeeze(1)
-                    results.append(ScoreResult(request.id, tuple(logprobs.tolist()), tuple(greedy.tolist())))
+                    logprobs: list[float] = []
+                    greedy: list[bool] = []
+                    for start in range(0, len(at), SLICE):  # fp32 copies stay small, however long the request
+                        values = logits[row, at[start : start + SLICE]].float()  # (n, V)
+                        wanted = targets[start : start + SLICE]  # (n, 1)
+                        logprobs += (values.gather(1, wanted).squeeze(1) - values.logsumexp(-1)).tolist()
+                        greedy += (values.argmax(-1) == wanted.squeeze(1)).tolist()
+                    results.append(ScoreResult(request.id, tuple(logprobs), tuple(greedy)))
         yield from results  # outside inference mode, which would hold for the caller too
 
     # --- generate
