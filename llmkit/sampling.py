@@ -3,7 +3,8 @@
 For engines that have logits as PyTorch tensors. It imports torch, so engines import it inside functions.
 
 A row's random numbers come from its own generator, one number a token, and the token is found by inverting the
-cumulative distribution in the order of the ids. So a seed gives the same tokens alone and in any batch, on any device.
+cumulative distribution in the order of the ids. So a seed gives the same tokens alone and in any batch, unless the
+rounding of the logits, which batches and devices change, moves the border between two tokens across that number.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import defaultdict
@@ -50,6 +51,17 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         checkpoint = Checkpoint.open(data / "models" / "stories260k-hf")
     with TransformersEngine.open(checkpoint, dtype="fp32", device="cpu") as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def exact(engine: TransformersEngine) -> TransformersEngine:
+    """The engine with its model in fp64: what remains of a difference is no rounding, but a mistake.
+
+    In fp32 the neighbours' rounding was seen to move a log-probability of the Llama by 1.5e-5 (in fp64: 1.2e-14), and
+    so, once in several hundred requests, a sampled token.
+    """
+    model = copy.deepcopy(engine.model).double()
+    return TransformersEngine(model, context_length=engine.context_length, eos_ids=engine.eos_ids, dtype="fp32")
 
 
 def tokens_of(chunks: Iterable[Chunk]) -> dict[int, list[int]]:
@@ -158,39 +170,39 @@ requests_mix = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8), st.inte
 @given(requests_mix, st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_scores_do_not_depend_on_neighbours(
-    engine: TransformersEngine, mix: list[tuple[int, int, int]], seed: int
+    exact: TransformersEngine, mix: list[tuple[int, int, int]], seed: int
 ) -> None:
-    shared = prompts(engine, 1, seed=seed, longest=12)[0]
+    shared = prompts(exact, 1, seed=seed, longest=12)[0]
     requests = []
     for index, (context, continuation, kind) in enumerate(mix):
         generator = torch.Generator().manual_seed(seed + index)
-        ids = tuple(torch.randint(0, engine.vocab_size, (context + continuation,), generator=generator).tolist())
+        ids = tuple(torch.randint(0, exact.vocab_size, (context + continuation,), generator=generator).tolist())
         front = shared if kind else ids[:context]
         requests.append(ScoreRequest(index, front, shared if kind == 2 else ids[context:]))
-    results = {result.id: result for result in engine.score(requests)}
+    results = {result.id: result for result in exact.score(requests)}
     for request in requests:
-        (alone,) = engine.score([request])
+        (alone,) = exact.score([request])
         assert results[request.id].logprobs == pytest.approx(alone.logprobs, abs=1e-5, rel=1e-5)
 
 
 @given(requests_mix, st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_samples_do_not_depend_on_neighbours(
-    engine: TransformersEngine, mix: list[tuple[int, int, int]], seed: int
+    exact: TransformersEngine, mix: list[tuple[int, int, int]], seed: int
 ) -> None:
     requests = [
         GenerateRequest(
             i,
-            prompts(engine, 1, seed=seed + i, longest=length + 1)[0],
+            prompts(exact, 1, seed=seed + i, longest=length + 1)[0],
             Sampling(max_tokens=count, seed=seed, top_k=(0, 5, 40)[kind], top_p=(1.0, 0.9, 1.0)[kind], logprobs=0),
         )
         for i, (length, count, kind) in enumerate(mix)
     ]
     together: dict[int, list[Chunk]] = defaultdict(list)
-    for chunk in engine.generate(requests):
+    for chunk in exact.generate(requests):
         together[chunk.id].append(chunk)
     for request in requests:
-        alone = list(engine.generate([request]))
+        alone = list(exact.generate([request]))
         assert tokens_of(alone) == tokens_of(together[request.id])
         ours = [p for chunk in together[request.id] for p in chunk.logprobs]
         assert ours == pytest.approx([p for chunk in alone for p in chunk.logprobs], abs=1e-5, rel=1e-5)
@@ -224,11 +236,11 @@ def _fields(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in sampling.__slots__}
 
 
-def test_small_budgets_change_nothing(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_budgets_change_nothing(exact: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools and batches of a few tokens each: the same results, all of them."""
-    scores = [ScoreRequest(i, ids, ids[:3]) for i, ids in enumerate(prompts(engine, 10))]
-    texts = [GenerateRequest(i, ids, GREEDY) for i, ids in enumerate(prompts(engine, 10))]
-    expected = {r.id: r for r in engine.score(scores)}, tokens_of(engine.generate(texts))
+    scores = [ScoreRequest(i, ids, ids[:3]) for i, ids in enumerate(prompts(exact, 10))]
+    texts = [GenerateRequest(i, ids, GREEDY) for i, ids in enumerate(prompts(exact, 10))]
+    expected = {r.id: r for r in exact.score(scores)}, tokens_of(exact.generate(texts))
     for name, value in {
         "POOL_TOKENS": 40,
         "BATCH_TOKENS": 30,
@@ -238,11 +250,11 @@ def test_small_budgets_change_nothing(engine: TransformersEngine, monkeypatch: p
         "BATCH_ROWS": 3,
     }.items():
         monkeypatch.setattr(module, name, value)
-    results = {r.id: r for r in engine.score(scores)}
+    results = {r.id: r for r in exact.score(scores)}
     assert results.keys() == expected[0].keys()
     for index, result in results.items():
         assert result.logprobs == pytest.approx(expected[0][index].logprobs, abs=1e-5, rel=1e-5)
-    assert tokens_of(engine.generate(texts)) == expected[1]
+    assert tokens_of(exact.generate(texts)) == expected[1]
 
 
 def test_a_request_is_cancelled_before_and_between_batches(
@@ -370,8 +382,8 @@ def test_the_default_engine_and_unknown_names(broken: Path) -> None:
 
 def test_the_checkpoint_folder_is_only_read(broken: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in broken.iterdir()}
-    copy = tmp_path / "copy"
-    shutil.copytree(broken, copy)
-    with TransformersEngine.open(Checkpoint.open(copy)) as engine:
+    other = tmp_path / "copy"
+    shutil.copytree(broken, other)
+    with TransformersEngine.open(Checkpoint.open(other)) as engine:
         list(engine.generate([GenerateRequest(0, (1,), GREEDY)]))
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
