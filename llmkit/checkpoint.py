@@ -129,6 +129,8 @@ class Checkpoint:
         if file.is_file():
             return file.read_text("utf-8")
         template = _read_json(config).get("chat_template") if config.is_file() else None
+        if isinstance(template, list):  # an older form: several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template if isinstance(template, str) else None
 
     @property

@@ -92,7 +92,10 @@ def _summary(run: Run, config: Mapping[str, Any], metrics: Sequence[Mapping[str,
     c = config["config"]
     rows = [
         ("backend", config["backend"]),
-        ("model", f"depth {c['depth']}, width {c['width']}, {c['heads']} heads, sequence length {c['sequence_length']}"),
+        (
+            "model",
+            f"depth {c['depth']}, width {c['width']}, {c['heads']} heads, sequence length {c['sequence_length']}",
+        ),
         ("data", f"{config['data']['path']} ({config['data']['fingerprint'][:12]})"),
     ]
     if steps:
@@ -119,7 +122,9 @@ def _summary(run: Run, config: Mapping[str, Any], metrics: Sequence[Mapping[str,
 
 def _validations(metrics: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        (record["step"], f"{record['loss']:.4f}", f"{record['bpb']:.4f}") for record in metrics if record["kind"] == "val"
+        (record["step"], f"{record['loss']:.4f}", f"{record['bpb']:.4f}")
+        for record in metrics
+        if record["kind"] == "val"
     ]
     return _table(["after step", "validation loss", "bits per byte"], rows) if rows else "(not validated)"
 

@@ -49,7 +49,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """UTF-8 bytes of the ids; special tokens give their text. Raises ValueError for an id out of range."""
+        """UTF-8 bytes of the ids; special tokens give their text. Raises ValueError for an id out of range.
+
+        Additive: the bytes of a + b are those of a followed by those of b. Streaming text and bits per byte rely on it.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, bytes that are not UTF-8 replaced by U+FFFD."""

@@ -14,6 +14,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small models: threads would only wait for each other
 settings.register_profile("llmkit", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("llmkit")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub; read when huggingface_hub is imported

@@ -49,6 +49,7 @@ class TokenizerContract:
             if self.lossless:
                 assert tokenizer.decode(ids) == text
                 assert tokenizer.decode_bytes(ids) == text.encode()
+            assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == tokenizer.decode_bytes(ids)
 
     def test_a_batch_is_the_same(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.encode_batch(SAMPLES) == [tokenizer.encode(text) for text in SAMPLES]

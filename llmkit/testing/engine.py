@@ -99,6 +99,26 @@ class EngineContract:
         assert together[3] == alone
         assert len({tuple(tokens) for tokens in together.values()}) > 1
 
+    def test_logprobs_come_when_asked_for_and_are_those_of_score(self, engine: Engine) -> None:
+        asked = Sampling(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
+        chunks = list(engine.generate([GenerateRequest(0, (1, 2, 3), asked)]))
+        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+        logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
+        assert logprobs == pytest.approx(_score(engine, (1, 2, 3), tokens).logprobs, abs=self.tolerance)
+        chunks = list(engine.generate([GenerateRequest(0, (1, 2, 3), GREEDY)]))
+        assert all(not chunk.logprobs and not chunk.top_logprobs for chunk in chunks)
+
+    def test_an_abandoned_generation_leaves_its_id_free(self, engine: Engine) -> None:
+        abandoned = engine.generate([GenerateRequest(0, (1, 2, 3), GREEDY)])
+        next(iter(abandoned))
+        del abandoned
+        assert len(_tokens(engine.generate([GenerateRequest(0, (1, 2, 3), GREEDY)]))[0]) == 8
+
+    def test_min_tokens_holds_the_end_back(self, engine: Engine) -> None:
+        eos = next(iter(engine.eos_ids))
+        sampling = Sampling(max_tokens=8, temperature=0, min_tokens=4, logit_bias={eos: 1000.0})
+        assert len(_tokens(engine.generate([GenerateRequest(0, (1, 2, 3), sampling)]))[0]) == 4
+
     def test_top_k_of_one_is_greedy(self, engine: Engine) -> None:
         sampling = Sampling(max_tokens=8, top_k=1, ignore_eos=True)
         sampled = _tokens(engine.generate([GenerateRequest(0, (1, 2, 3), sampling)]))[0]

@@ -55,12 +55,13 @@ class Example(Engine):
                     reason = "cancelled"
                     break
                 logprobs = self.logprobs(tuple(ids))[-1]
-                token = choose(logprobs, sampling, ids[len(request.prompt) :], rng)
+                early = len(ids) - len(request.prompt) < sampling.min_tokens
+                token = choose(logprobs, sampling, stops if early else set(), rng)
                 if token in stops:
                     reason = "stop"
                     break
                 ids.append(token)
-                yield Chunk(request.id, (token,), (float(logprobs[token]),))
+                yield Chunk(request.id, (token,), () if sampling.logprobs is None else (float(logprobs[token]),))
             yield Chunk(request.id, (), finish_reason=reason)
         self.cancelled.clear()
 
@@ -97,13 +98,14 @@ class Example(Engine):
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def choose(logits: np.ndarray, sampling: Sampling, generated: list[int], rng: np.random.Generator) -> int:
-    """The next token. Understands temperature, top_k, top_p and logit_bias; a real engine understands all of Sampling."""
+def choose(logits: np.ndarray, sampling: Sampling, banned: set[int], rng: np.random.Generator) -> int:
+    """The next token. Understands temperature, top_k, top_p and logit_bias; a real engine, all of Sampling."""
     import numpy as np
 
     logits = logits.copy()
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
+    logits[list(banned)] = -np.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits /= sampling.temperature
