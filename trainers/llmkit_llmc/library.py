@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -168,6 +169,10 @@ class Model:
             arrays[parameter.name] = flat[start : start + size].reshape(shape)
             start += size
         return arrays
+
+    def write(self, path: Path) -> None:
+        """Write llm.c's model .bin of the model's dtype. Raises LlmcError."""
+        self.library.call("llmc_model_write", self._model, os.fsencode(path))
 
     def loss(self, inputs: npt.NDArray[Any], targets: npt.NDArray[Any]) -> tuple[float, F32]:
         """Mean loss in nats, and that of each token (B, T)."""

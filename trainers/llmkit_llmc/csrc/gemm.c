@@ -45,39 +45,71 @@ void workspace_free(Workspace *ws) {
 
 int gemm_uses_pairs(void) { return LLMC_DPBF16; }
 
-// Writes a finished tile (mr, nr) to C at (m0, n0), adding the bias, the residual and what C held, as asked.
-INLINE void store_tile(const Gemm *g, const float *tile, int64_t m0, int64_t n0, int64_t mr, int64_t nr, const int is_bf16) {
-    const int width = is_bf16 ? 2 : 4;
-#define LOAD(p, n) (is_bf16 ? vf_load_n_bf16((const bf16 *)(p), n) : vf_load_n((const float *)(p), n))
-    int transposed = g->c.col_stride != 1;
-    int64_t rows = transposed ? nr : mr, cols = transposed ? mr : nr; // of C as it lies in memory
-    int64_t ld = transposed ? g->c.col_stride : g->c.row_stride, first = transposed ? n0 * ld + m0 : m0 * ld + n0;
-    for (int64_t r0 = 0; r0 < rows; r0 += VL)
-        for (int64_t c0 = 0; c0 < cols; c0 += VL) {
-            int64_t nrows = rows - r0 < VL ? rows - r0 : VL, ncols = cols - c0 < VL ? cols - c0 : VL;
+INLINE vf load_n(const char *p, int64_t n, const int is_bf16) {
+    return is_bf16 ? vf_load_n_bf16((const bf16 *)p, n) : vf_load_n((const float *)p, n);
+}
+
+// Where a tile goes, in registers: the fields of a Gemm would be read again after every store.
+typedef struct {
+    char *out;            // the tile's first value in C
+    const char *residual; // the same place in the residual, or NULL
+    int64_t ld;           // bytes from one row in memory to the next
+    int accumulate;
+} Place;
+
+// Writes n <= VL values of row `row`, from column `col` on, adding the residual and what C held unless `plain`.
+INLINE void store_row(const Place p, vf v, int64_t row, int64_t col, int64_t n, const int is_bf16, const int plain) {
+    int64_t at = row * p.ld + col * (is_bf16 ? 2 : 4);
+    if (!plain && p.residual) v += load_n(p.residual + at, n, is_bf16);
+    if (!plain && p.accumulate) v += load_n(p.out + at, n, is_bf16);
+    if (is_bf16) vf_store_n_bf16((bf16 *)(p.out + at), v, n);
+    else vf_store_n((float *)(p.out + at), v, n);
+}
+
+// A tile (mr, nr) to rows of C as they lie in memory.
+INLINE void store_straight(const Place p, const float *tile, const int64_t mr, const int64_t nr, const int is_bf16, const int plain) {
+    for (int64_t i = 0; i < mr; i++)
+        for (int64_t c = 0; c < nr; c += VL) store_row(p, vf_load(tile + i * NR + c), i, c, nr - c < VL ? nr - c : VL, is_bf16, plain);
+}
+
+// A tile (mr, nr) to C where columns lie together; bias (mr) or NULL. With constant sizes the transposes stay in registers.
+INLINE void store_transposed(const Place p, const float *tile, const char *bias, const int64_t mr, const int64_t nr, const int is_bf16, const int plain) {
+    for (int64_t c = 0; c < mr; c += VL) {
+        const int64_t n = mr - c < VL ? mr - c : VL;
+        vf add = bias ? load_n(bias + c * (is_bf16 ? 2 : 4), n, is_bf16) : vf_set(0);
+        for (int64_t r = 0; r < nr; r += VL) {
+            const int64_t rows = nr - r < VL ? nr - r : VL;
             vf block[VL];
-            if (transposed) {
-                for (int i = 0; i < VL; i++) block[i] = i < ncols ? vf_load(tile + (c0 + i) * NR + r0) : vf_set(0);
-                vf_transpose(block);
-            } else {
-                for (int i = 0; i < nrows; i++) block[i] = vf_load(tile + (r0 + i) * NR + c0);
-            }
-            vf bias = transposed && g->bias ? LOAD((const char *)g->bias + (m0 + c0) * width, ncols) : vf_set(0);
-            for (int i = 0; i < nrows; i++) {
-                int64_t at = (first + (r0 + i) * ld + c0) * width;
-                vf v = block[i] + bias;
-                if (g->residual) v += LOAD((const char *)g->residual + at, ncols);
-                if (g->accumulate) v += LOAD((const char *)g->c.data + at, ncols);
-                char *out = (char *)g->c.data + at;
-                if (is_bf16) vf_store_n_bf16((bf16 *)out, v, ncols);
-                else vf_store_n((float *)out, v, ncols);
-            }
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) block[i] = i < n ? vf_load(tile + (c + i) * NR + r) : vf_set(0);
+            vf_transpose(block);
+            _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++)
+                if (i < rows) store_row(p, block[i] + add, r + i, c, n, is_bf16, plain);
         }
-#undef LOAD
+    }
+}
+
+// Writes a finished tile (mr, nr) to C at (m0, n0).
+static void store_tile(const Gemm *g, const float *tile, int64_t m0, int64_t n0, int64_t mr, int64_t nr) {
+    int is_bf16 = g->c.dtype == LLMC_DTYPE_BF16, plain = !g->residual && !g->accumulate, straight = g->c.col_stride == 1;
+    int64_t width = is_bf16 ? 2 : 4, at = (m0 * g->c.row_stride + n0 * g->c.col_stride) * width;
+    Place p = {.out = (char *)g->c.data + at, .residual = g->residual ? (const char *)g->residual + at : NULL, .accumulate = g->accumulate,
+               .ld = (straight ? g->c.row_stride : g->c.col_stride) * width};
+    const char *bias = g->bias ? (const char *)g->bias + m0 * width : NULL;
+    if (straight) {
+        if (is_bf16) store_straight(p, tile, mr, nr, 1, plain);
+        else if (nr == NR && plain) store_straight(p, tile, mr, NR, 0, 1);
+        else store_straight(p, tile, mr, nr, 0, plain);
+    } else if (mr == MR && nr == NR && plain) {
+        if (is_bf16) store_transposed(p, tile, bias, MR, NR, 1, 1);
+        else store_transposed(p, tile, bias, MR, NR, 0, 1);
+    } else {
+        if (is_bf16) store_transposed(p, tile, bias, mr, nr, 1, plain);
+        else store_transposed(p, tile, bias, mr, nr, 0, plain);
+    }
 }
 
 typedef struct {
-    int pairs;
+    int pairs, direct;          // bf16 pairs; whole tiles go straight from registers to C
     int64_t steps, kc, kblocks; // K in steps, cut into equal blocks of at most KC
     int64_t n0, nc, panels;     // this chunk of columns
     int64_t slivers, per_block; // rows in slivers of MR, and slivers in one block of work
@@ -100,23 +132,57 @@ static void pack_b(const Gemm *g, const Plan *p, const Workspace *ws) {
     }
 }
 
+// Asks for part `part` of `parts` of the source of a sliver, so that packing it later does not wait for memory. Without it
+// a fifth of the time went into these waits: where lanes are contiguous each k lies on another page, which no hardware
+// prefetcher follows.
+static void prefetch_sliver(const Gemm *g, const Plan *p, int64_t kb, int64_t s, int64_t part, int64_t parts) {
+    int64_t m = s * MR, mr = g->m - m < MR ? g->m - m : MR, width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
+    int64_t unit = p->pairs ? 2 : 1, k0 = kb * p->kc * unit, k1 = (kb + 1) * p->kc * unit < g->k ? (kb + 1) * p->kc * unit : g->k;
+    const char *base = (const char *)g->a.data;
+    int64_t rows = g->a.col_stride == 1 ? mr : k1 - k0, stride = (g->a.col_stride == 1 ? g->a.row_stride : g->a.col_stride) * width;
+    int64_t bytes = (g->a.col_stride == 1 ? k1 - k0 : mr) * width;
+    base += (m * g->a.row_stride + k0 * g->a.col_stride) * width;
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + r * stride + i, 0, 2);
+        __builtin_prefetch(base + r * stride + bytes - 1, 0, 2); // the line that an unaligned row ends on
+    }
+}
+
+// Asks for the lines of C that a tile will be written to, for writing.
+static void prefetch_tile(const Gemm *g, int64_t m0, int64_t n0, int64_t mr, int64_t nr) {
+    int transposed = g->c.col_stride != 1;
+    int64_t rows = transposed ? nr : mr, width = g->c.dtype == LLMC_DTYPE_BF16 ? 2 : 4, bytes = (transposed ? mr : nr) * width;
+    int64_t stride = (transposed ? g->c.col_stride : g->c.row_stride) * width;
+    const char *base = (const char *)g->c.data + (m0 * g->c.row_stride + n0 * g->c.col_stride) * width;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + r * stride + i, 1);
+}
+
 static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t block, float *sliver) {
     float *sums = sliver + MR * KC + VL; // (slivers of the block, panels, MR, NR)
     int64_t first = block * p->per_block, last = first + p->per_block < p->slivers ? first + p->per_block : p->slivers;
     int64_t width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
+    void (*multiply)(int, int64_t, const float *, int64_t, const float *, int64_t, float *, int64_t, int) = p->pairs ? gemm_tile_pairs : gemm_tile;
     for (int64_t kb = 0; kb < p->kblocks; kb++) {
         int64_t k0 = kb * p->kc, kc = p->steps - k0 < p->kc ? p->steps - k0 : p->kc;
+        int final = kb == p->kblocks - 1;
         for (int64_t s = first; s < last; s++) {
             int64_t m = s * MR, mr = g->m - m < MR ? g->m - m : MR;
             gemm_pack(sliver, MR, mr, k0, kc, (const char *)g->a.data + m * g->a.row_stride * width, g->a.row_stride,
                       g->a.col_stride, g->k, g->a.dtype == LLMC_DTYPE_BF16, p->pairs);
             for (int64_t panel = 0; panel < p->panels; panel++) {
                 float *tile = sums + ((s - first) * p->panels + panel) * MR * NR;
-                (p->pairs ? gemm_tile_pairs : gemm_tile)((int)mr, kc, sliver, MR, packed_panel(p, ws, kb, panel), NR, tile, NR, kb > 0);
-                if (kb < p->kblocks - 1) continue;
                 int64_t n = p->n0 + panel * NR, nr = p->n0 + p->nc - n < NR ? p->n0 + p->nc - n : NR;
-                if (g->c.dtype == LLMC_DTYPE_BF16) store_tile(g, tile, m, n, mr, nr, 1);
-                else store_tile(g, tile, m, n, mr, nr, 0);
+                if (final) prefetch_tile(g, m, n, mr, nr);
+                if (s + 1 < last) prefetch_sliver(g, p, kb, s + 1, panel, p->panels);
+                else if (!final) prefetch_sliver(g, p, kb + 1, first, panel, p->panels);
+                const float *packed = packed_panel(p, ws, kb, panel);
+                if (p->direct && nr == NR) {
+                    multiply((int)mr, kc, sliver, MR, packed, NR, (float *)g->c.data + m * g->c.row_stride + n, g->c.row_stride, g->accumulate);
+                } else {
+                    multiply((int)mr, kc, sliver, MR, packed, NR, tile, NR, kb > 0);
+                    if (final) store_tile(g, tile, m, n, mr, nr);
+                }
             }
         }
     }
@@ -128,6 +194,7 @@ int gemm(const Gemm *g, Workspace *ws, llmc_error *err) {
     p.steps = p.pairs ? (g->k + 1) / 2 : g->k;
     p.kblocks = (p.steps + KC - 1) / KC;
     p.kc = (p.steps + p.kblocks - 1) / p.kblocks;
+    p.direct = p.kblocks == 1 && g->c.dtype == LLMC_DTYPE_F32 && g->c.col_stride == 1 && !g->residual;
     p.slivers = (g->m + MR - 1) / MR;
     int64_t chunks = (g->n + NC - 1) / NC, nc = ((g->n + chunks - 1) / chunks + NR - 1) / NR * NR;
     // As many blocks for each thread, so that they end together, each of at most SLIVERS slivers.
