@@ -79,3 +79,11 @@ def test_help_imports_nothing_heavy(args):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == ""
+
+
+def test_the_example_in_the_readme_runs(tmp_path, monkeypatch):
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    (tmp_path / "readme_example.py").write_text(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = Plugins([EntryPoint("readme_example", "readme_example", "llmkit")])
+    assert plugins.names("evaluator") == ["parity"], plugins.broken
