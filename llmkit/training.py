@@ -180,6 +180,7 @@ class _Recorder:
             for name in ("train_loss", "val_loss", "val_bpb"):
                 setattr(self.summary, name, plan.start.provenance.get(name))
         self.started: Started | None = None
+        self.peak_flops: float | None = None
         self.seconds = 0.0
         self.data = {"path": str(plan.data.path.resolve()), "fingerprint": plan.data.fingerprint}
         from llmkit import __version__
@@ -232,7 +233,9 @@ class _Recorder:
             "tokens_per_second": rate,
         }
         if self.started and self.started.peak_flops:
-            values["mfu"] = rate * self.started.flops_per_token / self.started.peak_flops
+            flops = rate * self.started.flops_per_token
+            self.peak_flops = max(self.peak_flops or self.started.peak_flops, flops)  # it was measured too low, then
+            values["mfu"] = flops / self.peak_flops
         if event.skipped:
             values["skipped"] = True
         self.run.record("step", event.step, **values)
