@@ -13,7 +13,7 @@ from llmkit.cli.ui import emit, json_option, note, progress
 @click.command("quickstart")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("quickstart"), show_default=True,
               metavar="DIR", help="Folder for data, run and report. What is there from an earlier try is used.")  # fmt: skip
-@click.option("--backend", metavar="NAME", help="Training backend. [default: llmc where it works, else torch]")
+@click.option("--backend", metavar="NAME", help="Training backend. [default: torch on a GPU, else llmc]")
 @json_option
 def command(out: Path, backend: str | None, as_json: bool) -> None:
     """Go through the whole chain once: train a small model on the standard library of this Python, offline."""

@@ -37,7 +37,7 @@ class TrainCommand(ComponentCommand):
 
 
 @click.command("train", cls=TrainCommand, selector="--backend", options_of=_config_of)
-@click.option("--backend", metavar="NAME", help="Training backend. [default: llmc where it works, else torch]")
+@click.option("--backend", metavar="NAME", help="Training backend. [default: torch on a GPU, else llmc]")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder made by llmkit data prepare.")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="RUN", help="Run directory. [default: runs/TIME-BACKEND]"
@@ -75,11 +75,11 @@ def command(
 
 
 def default_backend() -> str:
-    """`llmc` where it works, else `torch`. Raises ValueError, saying what to install, where neither does."""
+    """`torch` where it has a GPU, else `llmc`, else `torch`. Raises ValueError, saying what to install, if none works."""
     from llmkit.plugins import get_plugins
 
     reasons = []
-    for name in ("llmc", "torch"):
+    for name in ("torch", "llmc") if _torch_has_gpu() else ("llmc", "torch"):
         if name not in get_plugins().names("trainer"):
             continue
         reason = get_plugins().trainer(name).unavailable()
@@ -87,6 +87,20 @@ def default_backend() -> str:
             return name
         reasons.append(f"{name} {reason}")
     raise ValueError("no training backend can run here: " + "; ".join(reasons))
+
+
+def _torch_has_gpu() -> bool:
+    """Imports PyTorch, which takes a second, only where a driver says that there may be a GPU."""
+    import shutil
+    import sys
+
+    from llmkit.component import missing_modules
+
+    if missing_modules(["torch"]) or not (shutil.which("nvidia-smi") or sys.platform == "darwin"):
+        return False
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def train_with_progress(planned: Plan, *, samples: bool = True) -> Summary:
