@@ -69,7 +69,11 @@ class WeightFiles(Mapping[str, npt.NDArray[np.float32]]):
         """safetensors' name of the stored type: F32, BF16, F16, …"""
         return str(self._headers[self._where[name]][name]["dtype"])
 
-    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+    def stored(self, name: str) -> Array:
+        """The tensor as it lies in the file, mapped and not read: fp64, fp32, fp16, or bf16 as uint16.
+
+        Raises ValueError for another type.
+        """
         path = self._where[name]
         entry = self._headers[path][name]
         start, end = entry["data_offsets"]
@@ -79,8 +83,11 @@ class WeightFiles(Mapping[str, npt.NDArray[np.float32]]):
         offset = entry["__base__"] + start
         dtype = np.dtype(types[entry["dtype"]])
         flat = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=((end - start) // dtype.itemsize,))
-        values = bf16_to_fp32(flat) if entry["dtype"] == "BF16" else flat.astype(np.float32)
-        return values.reshape(entry["shape"])
+        return flat.reshape(entry["shape"])
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        values = self.stored(name)
+        return bf16_to_fp32(values) if values.dtype == np.uint16 else values.astype(np.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,7 +53,7 @@ def test_rates_stay_between_zero_and_the_peak_and_fall_after_the_warm_up(schedul
     rates = [learning_rate_at(step, c) for step in range(steps)]
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
     after = rates[c.warmup_steps or 0 :]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
 
 
 @given(

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", "format_", type=click.Choice(["hf", "llmc"]), required=True,
-              help="hf: a folder for transformers and others; llmc: a .bin model of llm.c with its tokenizer beside it.")  # fmt: skip
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["hf", "llmc"]),
+    required=True,
+    help="hf: a folder for transformers and others; llmc: a .bin model of llm.c with its tokenizer beside it.",
+)
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Type of the weights."
 )

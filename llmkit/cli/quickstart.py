@@ -11,8 +11,14 @@ from llmkit.cli.ui import emit, json_option, note, progress
 
 
 @click.command("quickstart")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("quickstart"), show_default=True,
-              metavar="DIR", help="Folder for data, run and report. What is there from an earlier try is used.")  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("quickstart"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for data, run and report. What is there from an earlier try is used.",
+)
 @click.option("--backend", metavar="NAME", help="Training backend. [default: torch on a GPU, else llmc]")
 @json_option
 def command(out: Path, backend: str | None, as_json: bool) -> None:
@@ -68,7 +74,8 @@ def command(out: Path, backend: str | None, as_json: bool) -> None:
         emit(outcome)
         return
     print(
-        f"validation bits per byte: {outcome['val_bpb']:.3f} (untrained: {outcome['untrained_bpb']:.3f}; lower is better)\n"
+        f"validation bits per byte: {outcome['val_bpb']:.3f} "
+        f"(untrained: {outcome['untrained_bpb']:.3f}; lower is better)\n"
         f"report: {report}\n\n"
         "next:\n"
         f"  llmkit generate {stages.run} --prompt 'def '\n"

@@ -75,7 +75,7 @@ def command(
 
 
 def default_backend() -> str:
-    """`torch` where it has a GPU, else `llmc`, else `torch`. Raises ValueError, saying what to install, if none works."""
+    """`torch` where it has a GPU, else `llmc`, else `torch`; a ValueError, saying what to install, if none works."""
     from llmkit.plugins import get_plugins
 
     reasons = []
@@ -117,11 +117,8 @@ def train_with_progress(planned: Plan, *, samples: bool = True) -> Summary:
     )
     if planned.resume:
         note(f"resuming after step {first}")
-    with progress("training", c.steps) as update:
-        display = _Display(update, samples)
-        update(first)
-        summary = train(planned, display.show)
-    return summary
+    with progress("training", c.steps, initial=first) as update:
+        return train(planned, _Display(update, samples).show)
 
 
 class _Display:

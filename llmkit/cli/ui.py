@@ -42,14 +42,16 @@ def table(columns: list[str], rows: list[list[str]], *, right: tuple[int, ...] =
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float | None, *, unit: str = "") -> Iterator[Callable[..., None]]:
+def progress(
+    description: str, total: float | None, *, unit: str = "", initial: float = 0
+) -> Iterator[Callable[..., None]]:
     """A progress bar with ETA on stderr. Yields `update(completed=None, *, advance=0, total=None, status="")`.
 
-    `total` None draws a bar without an end; `unit` "B" shows sizes. Where stderr is no terminal, a line is printed
+    `total` None draws a bar without an end; `unit` "B" shows sizes; `initial` was done before. Where stderr is no terminal, a line is printed
     every ten seconds instead.
     """
     if not sys.stderr.isatty():
-        yield _plain_progress(description, total)
+        yield _plain_progress(description, total, initial)
         return
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -67,7 +69,7 @@ def progress(description: str, total: float | None, *, unit: str = "") -> Iterat
 
         columns.insert(3, DownloadColumn())
     with Progress(*columns, console=console(), transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, status="")
+        task = bar.add_task(description, total=total, completed=initial, status="")
 
         def update(
             completed: float | None = None, *, advance: float = 0, total: float | None = None, status: str = ""
@@ -78,11 +80,11 @@ def progress(description: str, total: float | None, *, unit: str = "") -> Iterat
         yield update
 
 
-def _plain_progress(description: str, total: float | None) -> Callable[..., None]:
+def _plain_progress(description: str, total: float | None, initial: float) -> Callable[..., None]:
     """`update` for output that is not a terminal."""
     import time
 
-    state = {"completed": 0.0, "total": total, "started": time.monotonic(), "last": time.monotonic()}
+    state = {"completed": initial, "total": total, "started": time.monotonic(), "last": time.monotonic()}
 
     def update(
         completed: float | None = None, *, advance: float = 0, total: float | None = None, status: str = ""
@@ -96,8 +98,8 @@ def _plain_progress(description: str, total: float | None) -> Callable[..., None
         state["last"] = now
         done, end = state["completed"] or 0.0, state["total"]
         eta = ""
-        if end and done > 0:
-            left = (now - (state["started"] or 0.0)) * (end - done) / done
+        if end and done > initial:
+            left = (now - (state["started"] or 0.0)) * (end - done) / (done - initial)
             eta = f" {100 * done / end:.0f}%, eta {duration(left)}"
         note(f"{description}{eta}{': ' + status if status else ''}")
 
