@@ -90,7 +90,7 @@ INLINE void store_transposed(const Place p, const float *tile, const char *bias,
 
 // Writes a finished tile (mr, nr) to C at (m0, n0).
 static void store_tile(const Gemm *g, const float *tile, int64_t m0, int64_t n0, int64_t mr, int64_t nr) {
-    int is_bf16 = g->c.dtype == LLMC_DTYPE_BF16, plain = !g->residual && !g->accumulate, straight = g->c.col_stride == 1;
+    int is_bf16 = g->c.dtype == LLMC_DTYPE_BF16, plain = !g->residual && !g->accumulate, straight = g->c.row_stride != 1;
     int64_t width = is_bf16 ? 2 : 4, at = (m0 * g->c.row_stride + n0 * g->c.col_stride) * width;
     Place p = {.out = (char *)g->c.data + at, .residual = g->residual ? (const char *)g->residual + at : NULL, .accumulate = g->accumulate,
                .ld = (straight ? g->c.row_stride : g->c.col_stride) * width};
@@ -190,11 +190,17 @@ static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t
 
 int gemm(const Gemm *g, Workspace *ws, llmc_error *err) {
     if (g->m <= 0 || g->n <= 0) return 0;
+#ifdef LLMC_BLAS
+    if (g->a.dtype == LLMC_DTYPE_F32 && g->b.dtype == LLMC_DTYPE_F32 && g->c.dtype == LLMC_DTYPE_F32) {
+        gemm_blas(g);
+        return 0;
+    }
+#endif
     Plan p = {.pairs = LLMC_DPBF16 && (g->a.dtype == LLMC_DTYPE_BF16 || g->b.dtype == LLMC_DTYPE_BF16)};
     p.steps = p.pairs ? (g->k + 1) / 2 : g->k;
     p.kblocks = (p.steps + KC - 1) / KC;
     p.kc = (p.steps + p.kblocks - 1) / p.kblocks;
-    p.direct = p.kblocks == 1 && g->c.dtype == LLMC_DTYPE_F32 && g->c.col_stride == 1 && !g->residual;
+    p.direct = p.kblocks == 1 && g->c.dtype == LLMC_DTYPE_F32 && g->c.col_stride == 1 && g->c.row_stride != 1 && !g->residual;
     p.slivers = (g->m + MR - 1) / MR;
     int64_t chunks = (g->n + NC - 1) / NC, nc = ((g->n + chunks - 1) / chunks + NR - 1) / NR * NR;
     // As many blocks for each thread, so that they end together, each of at most SLIVERS slivers.

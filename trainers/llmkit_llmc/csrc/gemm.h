@@ -41,6 +41,7 @@ typedef struct {
 
 // Fast where m is the side of the weights and n or k the side of the tokens: A is packed in slivers just before use.
 int gemm(const Gemm *g, Workspace *ws, llmc_error *err);
+void gemm_blas(const Gemm *g); // the same by a BLAS, for float; only in builds with LLMC_BLAS
 // Whether products of bf16 matrices run on the machine's own bf16 instructions.
 int gemm_uses_pairs(void);
 
