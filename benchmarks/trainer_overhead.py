@@ -1,7 +1,7 @@
 """What the trainer `torch` costs beyond the same model in a bare PyTorch loop: the ratio of their times per step.
 
-Both run in turn in one process, step by step, on the same batches: machines drift, and only what is measured side by side
-compares. The trainer's step is everything that a user pays for: loading, schedule, event, metrics.jsonl, main.log.
+Both run in turn in one process, step by step, on batches of the same shape: machines drift, and only what is measured
+side by side compares. The trainer's step is everything that a user pays for: loading, schedule, event, metrics.jsonl, main.log.
 
     python benchmarks/trainer_overhead.py [--json] [--steps N]
 """
@@ -51,7 +51,7 @@ class BareLoop:
         began = time.perf_counter()
         logits = self.model(self.inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)

@@ -21,12 +21,12 @@ OPTIONS = {
     "sequence_length": 256,
     "batch_size": 8,
     "total_batch_tokens": 4096,
-    "steps": 256,
+    "steps": 400,
     "learning_rate": 3e-3,
     "warmup_steps": 20,
-    "val_every": 64,
+    "val_every": 100,
     "sample_every": 0,
-    "checkpoint_every": 64,
+    "checkpoint_every": 100,
     "keep_last": 2,
 }
 PROMPTS = ("The ", "def ", "class ")

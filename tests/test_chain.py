@@ -142,7 +142,8 @@ def test_serve_runs_a_plugin_server_until_it_is_told_to_stop(tmp_path):
     )  # fmt: skip
     checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmkit", "serve", str(checkpoint.path), "--server", "mini", "--port", "0", "--max-tokens", "5"],
+        [sys.executable, "-m", "llmkit", "serve", str(checkpoint.path), "--server", "mini", "--port", "0",
+         "--max-tokens", "5"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(site)},
     )  # fmt: skip
     assert process.stderr is not None

@@ -64,10 +64,14 @@ def test_it_opens_a_directory_a_run_and_the_latest_run(tmp_path):
 )
 def test_a_damaged_one_is_refused_in_one_sentence(checkpoint, damage, message):
     damage(checkpoint.path)
-    with pytest.raises(CheckpointError, match=message):
+
+    def use() -> None:
         opened = Checkpoint.open(checkpoint.path)
         dict(opened.weights)
         assert opened.tokenizer
+
+    with pytest.raises(CheckpointError, match=message):
+        use()
 
 
 def test_wrong_shapes_are_named(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -64,7 +65,7 @@ def test_rates_stay_between_zero_and_the_peak_and_fall_after_the_warm_up(schedul
 )
 def test_depth_alone_is_complete_and_consistent(data, depth, sequence_length, batch_size, steps):
     options = TrainConfig(depth=depth, sequence_length=sequence_length, batch_size=batch_size, steps=steps)
-    c = resolve(options, data, None)
+    c: Any = resolve(options, data, None)
     for name, value in vars(c).items():
         assert value is not None or name in ("size", "dtype", "from_checkpoint"), name
     assert c.width % c.heads == 0

@@ -20,7 +20,8 @@ def text(tmp_path):
 
 def test_train_writes_a_tokenizer_that_loads(run_cli, text, tmp_path):
     out = tmp_path / "tokenizer"
-    done = run_cli("tokenizer", "train", text, "--vocab-size", 300, "--special-token", "<|user|>", "--out", out, "--json")
+    options = ["--vocab-size", 300, "--special-token", "<|user|>", "--json"]
+    done = run_cli("tokenizer", "train", text, "--out", out, *options)
     assert json.loads(done.stdout)["vocab_size"] == 300
     tokenizer = load_tokenizer(out)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT

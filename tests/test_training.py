@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ import pytest
 from llmkit.checkpoint import Checkpoint, complete_checkpoints
 from llmkit.testing import tiny_checkpoint, tiny_data
 from llmkit.tokenizer import load_tokenizer
+from llmkit.training import Progress
 
 torch = pytest.importorskip("torch")
 
 SMALL = [
-    "--backend", "torch", "--depth", "1", "--width", "32", "--heads", "2", "--sequence-length", "32", "--batch-size", "4",
-    "--total-batch-tokens", "256", "--learning-rate", "0.01", "--warmup-steps", "2", "--dtype", "fp32", "--threads", "1",
+    "--backend", "torch", "--depth", "1", "--width", "32", "--heads", "2", "--sequence-length", "32",
+    "--batch-size", "4", "--total-batch-tokens", "256", "--learning-rate", "0.01", "--warmup-steps", "2",
+    "--dtype", "fp32", "--threads", "1",
 ]  # fmt: skip
 
 
@@ -250,6 +253,10 @@ def test_transformers_opens_the_checkpoint_and_agrees(run_cli, data, tmp_path):
     assert tokenizer.eos_token_id == checkpoint.tokenizer.eot_id
 
 
+def record(events: list[object], progress: Progress) -> None:
+    events.append(progress.event)
+
+
 def test_gradients_accumulate_to_those_of_one_batch(data, tmp_path):
     """The same step in one micro-batch and in four: the sequences are the same, so the loss is."""
     from llmkit.plugins import get_plugins
@@ -264,7 +271,7 @@ def test_gradients_accumulate_to_those_of_one_batch(data, tmp_path):
         }  # fmt: skip
         planned = plan(get_plugins().trainer("torch"), options, data=data, out=tmp_path / str(size), resume=False)
         events: list[object] = []
-        train(planned, lambda progress, events=events: events.append(progress.event))
+        train(planned, partial(record, events))
         losses.append([event.loss for event in events if isinstance(event, Step)])
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 

@@ -47,8 +47,8 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """A progress bar with ETA on stderr. Yields `update(completed=None, *, advance=0, total=None, status="")`.
 
-    `total` None draws a bar without an end; `unit` "B" shows sizes; `initial` was done before. Where stderr is no terminal, a line is printed
-    every ten seconds instead.
+    `total` None draws a bar without an end; `unit` "B" shows sizes; `initial` was done before. Where stderr is no
+    terminal, a line is printed every ten seconds instead.
     """
     if not sys.stderr.isatty():
         yield _plain_progress(description, total, initial)
@@ -69,7 +69,7 @@ def progress(
 
         columns.insert(3, DownloadColumn())
     with Progress(*columns, console=console(), transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, completed=initial, status="")
+        task = bar.add_task(description, total=total, completed=int(initial), status="")
 
         def update(
             completed: float | None = None, *, advance: float = 0, total: float | None = None, status: str = ""

@@ -4,6 +4,8 @@ from llmkit import hookimpl
 from llmkit.trainer import Trainer
 from llmkit_torch.trainer import TorchTrainer
 
+__all__ = ["TorchTrainer", "llmkit_register_trainers"]
+
 
 @hookimpl
 def llmkit_register_trainers() -> list[type[Trainer]]:
