@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 from hypothesis import settings
 
@@ -33,6 +36,26 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data in {path}: set LLMKIT_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(test_data: Path) -> Path:
+    """A real chat model of 135 M parameters, made once from a package and kept in the user's cache."""
+    if named := os.environ.get("LLMKIT_SMOLLM2"):
+        return Path(named)
+    tool = test_data.parent / "tools" / "make_smollm2.py"
+    if not tool.is_file():
+        pytest.skip(f"no SmolLM2-135M-Instruct: set LLMKIT_SMOLLM2 to its folder (there is no {tool} to make it)")
+    folder = platformdirs.user_cache_path("llmkit-tests") / "smollm2"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:  # the processes of pytest-xdist make it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            beside = folder.with_name(".tmp-smollm2")
+            shutil.rmtree(beside, ignore_errors=True)
+            subprocess.run([sys.executable, str(tool), str(beside)], check=True)
+            beside.rename(folder)
+    return folder
 
 
 @pytest.fixture

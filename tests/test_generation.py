@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -219,11 +218,8 @@ def test_a_base_model_has_no_template(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def smollm2() -> Checkpoint:
-    path = os.environ.get("LLMKIT_SMOLLM2")
-    if not path or not Path(path).is_dir():
-        pytest.skip("LLMKIT_SMOLLM2 does not name a directory with SmolLM2-135M-Instruct")
-    return Checkpoint.open(path)
+def smollm2(smollm2_path: Path) -> Checkpoint:
+    return Checkpoint.open(smollm2_path)
 
 
 @pytest.mark.slow
