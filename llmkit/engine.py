@@ -7,14 +7,19 @@ Requests go in as an iterable and results come out as they finish, in any order,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from llmkit.component import Component
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from llmkit.checkpoint import Checkpoint
+
+    #: called before each token with those generated so far; which ids may come next, (vocab_size,) booleans
+    Constraint = Callable[[tuple[int, ...]], npt.NDArray[Any]]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -94,11 +99,13 @@ class GenerateRequest:
     """Ask for a continuation of `prompt` (token ids, at least one, fewer than the context length).
 
     Prompt and continuation together fill at most the context length. `id` is unique among the requests in flight.
+    `constraint`, for engines that `can_constrain`, limits each token to those that it allows, as for a JSON schema.
     """
 
     id: int
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    constraint: Constraint | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ class Engine(Component, ABC):
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()  # class names in config.json that it runs; empty: it must be asked
+    can_constrain: ClassVar[bool] = False  # whether it heeds GenerateRequest.constraint
     vocab_size: int
     context_length: int
     eos_ids: frozenset[int]
@@ -177,6 +185,8 @@ class Engine(Component, ABC):
                 raise ValueError(f"{label}: the continuation is empty")
         else:
             what, first, ids, limit = "prompt", request.prompt, request.prompt, -1
+            if request.constraint is not None and not self.can_constrain:
+                raise ValueError(f"{label}: engine {self.name!r} cannot generate under a constraint")
             for name in ("logit_bias", "stop_token_ids"):
                 if (bad := max(getattr(request.sampling, name), default=0)) >= self.vocab_size:
                     raise ValueError(f"{label}: {name} has id {bad}, outside the vocabulary of {self.vocab_size}")

@@ -120,6 +120,8 @@ class Run:
     ) -> Saved:
         """Save checkpoints/step_N, then remove the oldest beyond `keep_last` (0 keeps all). Raises OSError."""
         path = self.path / "checkpoints" / f"step_{step}"
+        from safetensors import SafetensorError
+
         try:
             save_checkpoint(
                 path,
@@ -130,10 +132,11 @@ class Run:
                 write_state=write_state,
                 replace=True,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the library's name for a full disk
             before = self.checkpoints
             kept = f"the newest complete checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
-            raise OSError(f"saving step {step} failed: {error.strerror or error}; {kept}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"saving step {step} failed: {reason}; {kept}") from error
         for old in self.checkpoints[:-keep_last] if keep_last else []:
             if old == path:
                 continue

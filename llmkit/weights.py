@@ -115,18 +115,23 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Array], *, dtype: str = "fp32") -> None:
-    """Write a safetensors file of fp32 arrays, rounded to bf16 where asked. `pt` metadata, as transformers wants."""
-    from safetensors.numpy import save_file
+    """Write a safetensors file of fp32 arrays, rounded to bf16 where asked. `pt` metadata, as transformers wants.
 
-    if dtype == "fp32":
-        tensors = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in weights.items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-        return
-    from safetensors import TensorSpec, serialize_file
+    Raises OSError where it cannot be written.
+    """
+    from safetensors import SafetensorError, TensorSpec, serialize_file
 
-    rounded = {name: fp32_to_bf16(array) for name, array in weights.items()}  # TensorSpec points into these
-    specs = {
-        name: TensorSpec(dtype="bfloat16", shape=bits.shape, data_ptr=bits.ctypes.data, data_len=bits.nbytes)
-        for name, bits in rounded.items()
+    if dtype == "bf16":
+        name_of_type = "bfloat16"
+        arrays = {name: fp32_to_bf16(array) for name, array in weights.items()}
+    else:
+        name_of_type = "float32"
+        arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in weights.items()}
+    specs = {  # they point into `arrays`, which must therefore live until all is written
+        name: TensorSpec(dtype=name_of_type, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes)
+        for name, array in arrays.items()
     }
-    serialize_file(specs, path, metadata={"format": "pt"})
+    try:
+        serialize_file(specs, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -298,3 +299,21 @@ def test_initialisation_follows_the_recipe():
 def test_options_train(run_cli, data, tmp_path, options):
     done = run_cli("train", *SMALL, "--data", data, "--out", tmp_path / "run", "--steps", 20, *options, "--json")
     assert json.loads(done.stdout)["val_loss"] < 5.0
+
+
+def test_a_save_that_does_not_fit_loses_nothing(run_cli, data, tmp_path):
+    """A real limit of the system on file size, as on a full disk: one sentence, and the checkpoint before it opens."""
+    run = tmp_path / "run"
+    options = [*SMALL, "--data", data, "--out", run, "--steps", 4, "--checkpoint-every", 2]
+    run_cli("train", *options)
+    limit = (run / "checkpoints" / "step_4" / "model.safetensors").stat().st_size - 1000
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = run_cli("train", "--out", run, "--resume", "--steps", 8, code=1, preexec_fn=lower)
+    assert re.search(r"saving step 6 failed: .*; the newest complete checkpoint is .*step_4", done.stderr), done.stderr
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_2", "step_4"}
+    assert Checkpoint.open(run).step == 4
+    run_cli("train", "--out", run, "--resume", "--steps", 8)
+    assert Checkpoint.open(run).step == 8
