@@ -161,9 +161,10 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
         if finished is None:
             raise RuntimeError(f"trainer {plan.trainer.name!r} ended without a Finished event")
         if finished.interrupted:
-            raise Interrupted(
-                f"stopped after step {finished.step}; continue with: llmkit train --resume --out {plan.run.path}"
-            )
+            advice = "nothing had to be saved"
+            if plan.run.checkpoints:
+                advice = f"continue with: llmkit train --resume --out {plan.run.path}"
+            raise Interrupted(f"stopped after step {finished.step}; {advice}")
         return recorder.summary
 
 
