@@ -1,0 +1,158 @@
+// Defines: lk_product: out (rows, n) = input (rows, k) W^T, for packed weights and the input that lk_prologue packed.
+//
+// One kernel serves decoding and prefill: it keeps a tile of rows x outputs in registers over all of k, reading weights as a
+// stream and broadcasting inputs. Each weight is read from memory once for all rows of a step: a thread takes a few panels
+// and runs all blocks of rows over them while they are in its cache. Each sum runs over k in order, in one register, so
+// it is the same for any number of rows. With few rows, several panels at once keep enough sums in flight.
+#include <stdatomic.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "engine.h"
+
+#define PANELS 4 // most panels in one tile
+
+INLINE vf vf_load_int8(const int8_t *p) {
+#if VL == 16 // what GCC 12 makes of the portable form takes ten times as long
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif VL == 8 && defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    typedef int8_t vb __attribute__((vector_size(VL)));
+    vb b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
+}
+
+// c (mr, np * NR) = sum over k of x (k, mr) * w (np panels, k, NR)
+INLINE void tile(const int mr, const int np, const int kind, int64_t k, const float *restrict x, const char *restrict w, int64_t stride,
+                 float *restrict c) {
+    vf acc[TILE * NRV > PANELS * NRV ? TILE * NRV : PANELS * NRV];
+    const int width = np * NRV;
+#define LK_EACH(i, j) _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
+    LK_EACH(i, j) acc[i * width + j] = vf_set(0);
+    if (kind == LK_BF16) {
+        const vi upper = (vi){0} + (int32_t)0xffff0000;
+        for (int64_t s = 0; s < k / 2; s++, x += 2 * mr, w += NR * 4) {
+            vi raw[PANELS * NRV];
+            vf even[PANELS * NRV], odd[PANELS * NRV];
+            _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) {
+                const char *p = w + (j / NRV) * stride + (j % NRV) * VL * 4;
+                memcpy(&raw[j], p, sizeof raw[j]);
+                __builtin_prefetch(p + 2048);
+                even[j] = (vf)(raw[j] << 16);
+            }
+            _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+                vf v = vf_set(x[i]);
+                VF_PIN(v);
+                _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) acc[i * width + j] += even[j] * v;
+            }
+            _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) odd[j] = (vf)(raw[j] & upper);
+            _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+                vf v = vf_set(x[mr + i]);
+                VF_PIN(v);
+                _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) acc[i * width + j] += odd[j] * v;
+            }
+        }
+    } else {
+        const int size = kind == LK_INT8 ? 1 : 4;
+        for (int64_t s = 0; s < k; s++, x += mr, w += NR * size) {
+            vf row[PANELS * NRV];
+            _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) {
+                const char *p = w + (j / NRV) * stride + (j % NRV) * VL * size;
+                row[j] = kind == LK_INT8 ? vf_load_int8((const int8_t *)p) : vf_load((const float *)p);
+                if (j % NRV == 0) __builtin_prefetch(p + 2048);
+            }
+            _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+                vf v = vf_set(x[i]);
+                VF_PIN(v);
+                _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) acc[i * width + j] += row[j] * v;
+            }
+        }
+    }
+    LK_EACH(i, j) vf_store(c + (i * width + j) * VL, acc[i * width + j]);
+}
+
+#define LK_CASE(mr, np) case (mr) * 8 + (np): tile(mr, np, LK_KIND, k, x, w, stride, c); return;
+#if TILE == 12
+#define LK_TALL LK_CASE(4, 1) LK_CASE(5, 1) LK_CASE(6, 1) LK_CASE(7, 1) LK_CASE(8, 1) LK_CASE(9, 1) LK_CASE(10, 1) LK_CASE(11, 1) LK_CASE(12, 1)
+#elif TILE == 10
+#define LK_TALL LK_CASE(4, 1) LK_CASE(5, 1) LK_CASE(6, 1) LK_CASE(7, 1) LK_CASE(8, 1) LK_CASE(9, 1) LK_CASE(10, 1)
+#elif TILE == 5
+#define LK_TALL LK_CASE(4, 1) LK_CASE(5, 1)
+#else
+#define LK_TALL LK_CASE(4, 1)
+#endif
+#define LK_TILES \
+    switch (mr * 8 + np) { \
+        LK_CASE(1, 1) LK_CASE(1, 2) LK_CASE(1, 3) LK_CASE(1, 4) LK_CASE(2, 1) LK_CASE(2, 2) LK_CASE(3, 1) LK_CASE(3, 2) LK_TALL \
+    }
+
+#define LK_KIND LK_F32
+static void tile_f32(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+#undef LK_KIND
+#define LK_KIND LK_BF16
+static void tile_bf16(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+#undef LK_KIND
+#define LK_KIND LK_INT8
+static void tile_int8(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+#undef LK_KIND
+
+// Panels that one tile of `rows` rows takes.
+static int64_t panels_at_once(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+static void finish(const Packed *w, const float *sums, int64_t rows, int64_t n0, int64_t width, float *out, int64_t ld, int accumulate) {
+    for (int64_t j = 0; j < width && n0 + j < w->n; j += VL) {
+        int64_t n = n0 + j, count = w->n - n < VL ? w->n - n : VL;
+        vf scale = w->scale ? vf_load_n(w->scale + n, count) : vf_set(1), bias = w->bias ? vf_load_n(w->bias + n, count) : vf_set(0);
+        for (int64_t i = 0; i < rows; i++) {
+            float *p = out + i * ld + n;
+            vf v = vf_load(sums + i * width + j) * scale + bias;
+            if (accumulate) v += vf_load_n(p, count);
+            vf_store_n(p, v, count);
+        }
+    }
+}
+
+// The next panels for this thread: [*from, return value). Shares shrink towards the end, so that threads end together.
+static int64_t take(_Atomic int64_t *next, int64_t total, int64_t most, int threads, int64_t *from) {
+    int64_t at = atomic_load_explicit(next, memory_order_relaxed), want;
+    do {
+        if (at >= total) return *from = total;
+        want = (total - at) / (2 * threads);
+        want = want < 1 ? 1 : want > most ? most : want;
+    } while (!atomic_compare_exchange_weak_explicit(next, &at, at + want, memory_order_relaxed, memory_order_relaxed));
+    *from = at;
+    return at + want;
+}
+
+void lk_product(Run *r, const Packed *w, int64_t rows, float *out, int64_t ld, int accumulate, int thread, int counter) {
+    (void)thread;
+    int64_t k = pad_k(w->k), panels = ceil_div(w->n, NR), blocks = tile_blocks(rows);
+    int64_t stride = k * NR * (w->kind == LK_INT8 ? 1 : w->kind == LK_BF16 ? 2 : 4);
+    float sums[(TILE > PANELS ? TILE : PANELS) * NR * 2] __attribute__((aligned(64)));
+    int64_t from, to;
+    while ((to = take(&r->next[counter], panels, PANELS, r->threads, &from)) > from)
+        for (int64_t p = from; p < to;) {
+            int64_t step = to - p;
+            for (int64_t b = 0; b < blocks; b++) {
+                int64_t m0 = tile_first(rows, b), mr = tile_first(rows, b + 1) - m0;
+                int64_t most = panels_at_once(ceil_div(rows, blocks));
+                int64_t np = step < most ? step : most;
+                const float *x = r->packed + m0 * k;
+                for (int64_t q = p; q < p + step; q += np) {
+                    int64_t here = p + step - q < np ? p + step - q : np;
+                    if (mr > 1 && here > 2) here = 2;
+                    const char *data = (const char *)w->data + q * stride;
+                    if (w->kind == LK_BF16) tile_bf16((int)mr, (int)here, k, x, data, stride, sums);
+                    else if (w->kind == LK_INT8) tile_int8((int)mr, (int)here, k, x, data, stride, sums);
+                    else tile_f32((int)mr, (int)here, k, x, data, stride, sums);
+                    finish(w, sums, mr, q * NR, here * NR, out + m0 * ld, ld, accumulate);
+                }
+            }
+            p += step;
+        }
+}

@@ -1,0 +1,164 @@
+"""Weights: from a checkpoint's files into the packed form that the compiled products read.
+
+Matrices are packed once when the model is opened, straight from the mapped file. Norms and biases become fp32; the
+token embedding stays where it lies in the file, since a step reads a few rows of it only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmkit.checkpoint import Checkpoint, CheckpointError
+from llmkit_engine import library as lib
+from llmkit_engine.library import library
+from llmkit_engine.spec import Linear, ModelSpec, NormNames
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Array = npt.NDArray[Any]
+
+KINDS = {"F32": lib.F32, "BF16": lib.BF16, "F16": lib.F16}
+BYTES_ALIGNED = 2**21  # matrices begin at a huge page, where the system gives those
+
+
+class Weights:
+    """The C structure `Model` of a checkpoint, and the memory it points into.
+
+    Attributes:
+        model: what lk_open takes.
+        bytes: size of the packed matrices.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, *, dtype: str, quantize: str | None, threads: int
+    ) -> None:
+        """Read and pack. Raises CheckpointError for missing tensors, or tensors of other shapes or types."""
+        self._checkpoint, self._spec, self._threads = checkpoint, spec, threads
+        self._bf16, self._int8 = dtype == "bf16", quantize == "int8"
+        self._kept: list[Array] = []  # what C points at
+        self.bytes = 0
+        files = checkpoint.weights
+        self._names: Mapping[str, str] = {
+            **{f"{spec.base_prefix}{name}": name for name in files},
+            **{name: name for name in files},
+        }
+        self.model = self._build()
+
+    def _build(self) -> lib.Model:
+        spec = self._spec
+        layers = (lib.Layer * len(spec.blocks))()
+        for layer, block in zip(layers, spec.blocks):
+            for index, norm in ((1, block.norm1), (2, block.norm2)):
+                weight, bias = self._norm(norm)
+                setattr(layer, f"norm{index}_w", weight)
+                setattr(layer, f"norm{index}_b", bias)
+            for name in ("qkv", "out", "up", "down"):
+                setattr(layer, name, self._pack(getattr(block, name)))
+        self._layers = layers
+        embedding = self._stored(spec.embedding, (spec.vocab, spec.width))
+        positions = self._stored(spec.positions, (spec.context, spec.width)) if spec.positions else None
+        if embedding.dtype == np.float16 or (positions is not None and positions.dtype != embedding.dtype):
+            embedding = self._float(spec.embedding, (spec.vocab, spec.width))
+            positions = self._float(spec.positions, (spec.context, spec.width)) if spec.positions else None
+        self._kept += [embedding] if positions is None else [embedding, positions]
+        final_w, final_b = self._norm(spec.final_norm)
+        return lib.Model(
+            layers=len(spec.blocks),
+            width=spec.width,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            ffn=spec.ffn,
+            vocab=spec.vocab,
+            rotary_dim=spec.head_dim if spec.rope is not None else 0,
+            norm=lib.NORMS[spec.norm],
+            activation=lib.ACTIVATIONS[spec.activation],
+            gated=int(spec.gated),
+            embedding_dtype=lib.BF16 if embedding.dtype == np.uint16 else lib.F32,
+            eps=spec.eps,
+            attention_scale=spec.attention_scale or spec.head_dim**-0.5,
+            layer=ctypes.cast(layers, ctypes.POINTER(lib.Layer)),
+            final_w=final_w,
+            final_b=final_b,
+            head=self._pack(Linear((spec.head or spec.embedding,), (spec.vocab,), spec.width)),
+            embedding=embedding.ctypes.data,
+            positions=None if positions is None else positions.ctypes.data,
+        )
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Array:
+        """The tensor as it lies in the file, mapped: fp32, fp16, or bf16 as uint16."""
+        files = self._checkpoint.weights
+        where = self._names.get(name)
+        if where is None:
+            raise CheckpointError(f"checkpoint {self._checkpoint.path} is incomplete: tensor {name} is missing")
+        if files.shapes[where] != shape:
+            raise CheckpointError(
+                f"checkpoint {self._checkpoint.path} is damaged: tensor {name} has shape {list(files.shapes[where])} "
+                f"where its config.json says {list(shape)}"
+            )
+        if files.dtype(where) not in KINDS:
+            raise CheckpointError(
+                f"tensor {name} of checkpoint {self._checkpoint.path} is {files.dtype(where)}; the engine 'llmkit' reads "
+                f"{', '.join(KINDS)}"
+            )
+        return files.stored(where)
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> Array:
+        self._stored(name, shape)  # checks it
+        return np.ascontiguousarray(self._checkpoint.weights[self._names[name]])
+
+    def _norm(self, names: NormNames) -> tuple[int, int | None]:
+        weight = self._vector([names.weight], [self._spec.width])
+        return weight, None if names.bias is None else self._vector([names.bias], [self._spec.width])
+
+    def _vector(self, names: Sequence[str], sizes: Sequence[int]) -> int:
+        """The address of fp32 vectors, one after the other."""
+        self._kept.append(np.concatenate([self._float(name, (size,)) for name, size in zip(names, sizes)]))
+        return int(self._kept[-1].ctypes.data)
+
+    def _pack(self, linear: Linear) -> lib.Packed:
+        """A linear layer in the form that its products read."""
+        outputs, inputs = sum(linear.outputs), linear.inputs
+        shapes = [(inputs, n) if linear.transposed else (n, inputs) for n in linear.outputs]
+        parts = [self._stored(name, shape) for name, shape in zip(linear.weights, shapes)]
+        # bf16 weights widen exactly, so they stay bf16 whatever the arithmetic.
+        narrow = self._bf16 or all(part.dtype == np.uint16 for part in parts)
+        kind = lib.INT8 if self._int8 else lib.BF16 if narrow else lib.F32
+        data = self._memory(library().lk_packed_bytes(outputs, inputs, kind))
+        scale = np.zeros(outputs, dtype=np.float32) if kind == lib.INT8 else None
+        at = 0
+        for part, count in zip(parts, linear.outputs):
+            source = {"float32": lib.F32, "uint16": lib.BF16, "float16": lib.F16}[part.dtype.name]
+            strides = (1, count) if linear.transposed else (inputs, 1)
+            failed = library().lk_pack(
+                data.ctypes.data,
+                None if scale is None else scale.ctypes.data,
+                kind,
+                at,
+                part.ctypes.data,
+                source,
+                count,
+                inputs,
+                *strides,
+                self._threads,
+            )
+            if failed:
+                raise MemoryError("no memory to pack the weights")
+            at += count
+        self._kept += [data] if scale is None else [data, scale]
+        bias = self._vector(linear.biases, linear.outputs) if linear.biases else None
+        scale_at = None if scale is None else scale.ctypes.data
+        return lib.Packed(n=outputs, k=inputs, kind=kind, data=data.ctypes.data, scale=scale_at, bias=bias)
+
+    def _memory(self, size: int) -> Array:
+        """Zeroed memory at a cache line."""
+        self.bytes += size
+        raw = np.zeros(size + 64, dtype=np.uint8)
+        first = -raw.ctypes.data % 64
+        return raw[first : first + size]
