@@ -84,8 +84,8 @@ def main(args: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Run the command line; the exit code. `--debug` is taken from anywhere in front of `--`."""
-    # OpenMP's threads wait by spinning unless told otherwise. As soon as another program wants the cores, the threads of
-    # a step wait for each other's turns: on 2 busy cores training was 3 (torch) to 5 (llmc) times slower than with this.
+    # OpenMP's threads wait by spinning unless told otherwise. As soon as another program wants the cores, the threads
+    # of a step wait for each other's turns: on 2 busy cores training was 3 (torch) to 5 (llmc) times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end = args.index("--") if "--" in args else len(args)
     debug = "--debug" in args[:end]
