@@ -3,8 +3,8 @@
 python benchmarks/llmc.py [--json] [--rounds N] [--llmc-reference EXECUTABLE]
 
 Each contestant is a process of its own that does one step when told to, in turn with the other, so that both see the
-same machine. A ratio is that of the medians; above 1, llmc is faster. PyTorch is this project's own `torch` backend: eager,
-scaled_dot_product_attention, fused AdamW. Memory is the peak of the process, libraries included.
+same machine. A ratio is that of the medians; above 1, llmc is faster. PyTorch is this project's own `torch` backend:
+eager, scaled_dot_product_attention, fused AdamW. Memory is the peak of the process, libraries included.
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ class Contestant:
         environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
         command = [sys.executable, __file__, "--worker", name, dtype, str(batch), str(length), str(threads)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**environment, "OMP_NUM_THREADS": str(threads)}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": str(threads)},
         )
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -134,8 +138,9 @@ def race(dtype: str, batch: int, length: int, rounds: int, threads: int) -> dict
         torch.step()
     medians = [statistics.median(c.seconds[2:]) for c in (llmc, torch)]
     memory = [c.finish() for c in (llmc, torch)]
-    say(f"{dtype} {batch} x {length}: llmc {medians[0]:.3f} s, torch {medians[1]:.3f} s: {medians[1] / medians[0]:.2f}x; "
-        f"memory {memory[0] / 1e9:.2f} GB, {memory[1] / 1e9:.2f} GB; losses {llmc.losses[-1]:.4f}, {torch.losses[-1]:.4f}")  # fmt: skip
+    ratio, sizes = medians[1] / medians[0], " and ".join(f"{m / 1e9:.2f} GB" for m in memory)
+    say(f"{dtype} {batch} x {length}: llmc {medians[0]:.3f} s, torch {medians[1]:.3f} s: {ratio:.2f}x; memory {sizes}")
+    say(f"    losses {llmc.losses[-1]:.4f} and {torch.losses[-1]:.4f}")
     return {"llmc": medians[0], "ratio": medians[1] / medians[0], "memory": memory[0] / memory[1]}
 
 
@@ -155,7 +160,12 @@ def products(dtype: str, threads: int, rounds: int) -> float:
 
     fractions = []
     for n, outputs, inputs in PRODUCTS:
-        x, w, y, dw = values(n, inputs), values(outputs, inputs), values(n, outputs), np.zeros((outputs, inputs), np.float32)
+        x, w, y, dw = (
+            values(n, inputs),
+            values(outputs, inputs),
+            values(n, outputs),
+            np.zeros((outputs, inputs), np.float32),
+        )
         dx = np.zeros_like(x)
         calls = [
             (outputs, n, inputs, matrix(w), matrix(x, transposed=True), matrix(np.zeros_like(y), transposed=True)),
@@ -172,7 +182,8 @@ def products(dtype: str, threads: int, rounds: int) -> float:
                 kernels.gemm(*call)
             rates.append(3 * 2 * n * outputs * inputs / (time.perf_counter() - began))
         fractions.append(statistics.median(rates) / statistics.median(peaks))
-        say(f"{dtype} product {n} x {outputs} x {inputs}: {statistics.median(rates) / 1e9:.0f} GFLOP/s of {statistics.median(peaks) / 1e9:.0f}")
+        rate, peak = statistics.median(rates) / 1e9, statistics.median(peaks) / 1e9
+        say(f"{dtype} product {n} x {outputs} x {inputs}: {rate:.0f} GFLOP/s of {peak:.0f}")
     kernels.close()
     return statistics.mean(fractions)
 
@@ -246,7 +257,9 @@ def main() -> None:
         if only not in (None, "t1024" if suffix else "step"):
             continue
         for dtype in ("fp32", "bf16"):
-            outcome = race(dtype, batch, length, options.rounds if not suffix else max(3, options.rounds // 2), options.threads)
+            outcome = race(
+                dtype, batch, length, options.rounds if not suffix else max(3, options.rounds // 2), options.threads
+            )
             results[f"{dtype}_vs_torch{suffix}"] = outcome["ratio"]
             if dtype == "fp32":
                 results[f"memory_vs_torch{suffix}"] = outcome["memory"]
@@ -256,7 +269,9 @@ def main() -> None:
             results[f"{dtype}_gemm_of_peak"] = products(dtype, options.threads, options.rounds)
     results["llmc_reference_ratio"] = None
     if options.llmc_reference:
-        results["llmc_reference_ratio"] = reference_seconds(options.llmc_reference, options.threads) / results["llmc_seconds"]
+        results["llmc_reference_ratio"] = (
+            reference_seconds(options.llmc_reference, options.threads) / results["llmc_seconds"]
+        )
     for name, value in results.items():
         say(f"{name}: {value if value is None else round(value, 3)}")
     if options.json:

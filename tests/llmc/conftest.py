@@ -14,7 +14,7 @@ from llmkit_llmc.build import build
 from llmkit_llmc.kernels import Kernels
 from llmkit_llmc.library import Library
 
-#: name -> flags that override -march=native. `pairs` runs the path of bf16 instructions on code that does their arithmetic.
+#: name -> flags that override -march=native. `pairs` runs the path of bf16 instructions, on plain code for them.
 BUILDS = {
     "native": "",
     "pairs": "-DLLMC_EMULATE_DPBF16 -O2",

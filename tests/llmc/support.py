@@ -74,28 +74,25 @@ def model_bytes(rng: np.random.Generator, *, V: int, T: int, C: int, L: int, NH:
 
 
 class Twister:
-    """mt19937 of a seed, as numpy implements it: 32-bit outputs and llm.c's Fisher-Yates."""
+    """mt19937 as numpy implements it, with llm.c's permutation: Fisher-Yates from the end, one output modulo i + 1."""
 
     def __init__(self, seed: int) -> None:
-        self._state = np.random.RandomState(seed)
+        self.seed, self._state, self._drawn = seed, np.random.RandomState(seed), False
 
     def shuffle(self, items: list[int]) -> list[int]:
         items = list(items)
         for i in range(len(items) - 1, 0, -1):
             j = int(self._state.randint(0, 2**32, dtype=np.uint32)) % (i + 1)
             items[i], items[j] = items[j], items[i]
+            self._drawn = True
         return items
 
-    def stored(self, seed: int) -> bytes:
-        """As a state file keeps it: 2520 bytes."""
+    def stored(self) -> bytes:
+        """As a state file keeps it, 2520 bytes: seed, outputs left + 1, next output, state, constants."""
         _, key, position, *_ = self._state.get_state(legacy=True)
-        fresh = position == 624
-        left, following = (1, 0) if fresh and not self._drawn else (625 - position, position)
-        del fresh
-        head = np.array([seed], "<u8").tobytes() + np.array([left, following], "<i4").tobytes()
+        left, following = (625 - position, position) if self._drawn else (1, 0)
+        head = np.array([0], "<u8").tobytes() + np.array([left, following], "<i4").tobytes()
         return head + np.asarray(key, "<u4").tobytes() + np.array(RNG_MATRIX, "<u4").tobytes()
-
-    _drawn = True
 
 
 def write_text_shards(folder: Path, text: bytes, *, train: int = 2) -> None:

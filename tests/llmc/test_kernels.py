@@ -25,7 +25,9 @@ def rounded(dtype: str, got: Any) -> Any:
 
 @both
 @sizes
-@given(m=st.integers(1, 90), n=st.integers(1, 90), k=st.integers(1, 120), form=st.integers(0, 7), seed=st.integers(0, 99))
+@given(
+    m=st.integers(1, 90), n=st.integers(1, 90), k=st.integers(1, 120), form=st.integers(0, 7), seed=st.integers(0, 99)
+)
 def test_matrix_product(kernels: Kernels, dtype: str, m: int, n: int, k: int, form: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a_t, b_t, c_t = bool(form & 1), bool(form & 2), bool(form & 4)
@@ -126,7 +128,9 @@ def test_gelu(kernels: Kernels, dtype: str, n: int, scale: float, seed: int) -> 
 
 @both
 @sizes
-@given(N=st.integers(1, 70), C=st.integers(1, 50), OC=st.integers(1, 60), accumulate=st.booleans(), seed=st.integers(0, 99))
+@given(
+    N=st.integers(1, 70), C=st.integers(1, 50), OC=st.integers(1, 60), accumulate=st.booleans(), seed=st.integers(0, 99)
+)
 def test_linear(kernels: Kernels, dtype: str, N: int, C: int, OC: int, accumulate: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, w, bias, dy = (normal(rng, *s, dtype=dtype) for s in ((N, C), (OC, C), (OC,), (N, OC)))
@@ -138,7 +142,9 @@ def test_linear(kernels: Kernels, dtype: str, N: int, C: int, OC: int, accumulat
     expected.backward(values_of(dy))
     dw, db = normal(rng, OC, C), normal(rng, OC)
     before = dw.copy(), db.copy()
-    kernels.call("linear_backward", dx, dw, db, dy, x, w, N, C, OC, accumulate, suffix=f"_{dtype}", fails=True, scratch=True)
+    kernels.call(
+        "linear_backward", dx, dw, db, dy, x, w, N, C, OC, accumulate, suffix=f"_{dtype}", fails=True, scratch=True
+    )
     assert error(rounded(dtype, dx), tx.grad) < TOLERANCE[dtype]
     assert error(dw, before[0] * accumulate + tw.grad.numpy()) < TOLERANCE[dtype]
     assert error(db, before[1] * accumulate + tb.grad.numpy()) < 1e-5
@@ -154,13 +160,19 @@ def test_linear(kernels: Kernels, dtype: str, N: int, C: int, OC: int, accumulat
 def test_attention(kernels: Kernels, dtype: str, B: int, T: int, NH: int, hs: int, seed: int) -> None:
     rng, C = np.random.default_rng(seed), NH * hs
     qkv, dout = normal(rng, B * T, 3 * C, dtype=dtype), normal(rng, B * T, C, dtype=dtype)
-    out, lse, dqkv = empty_like(B * T, C, dtype=dtype), np.empty((B, NH, T), np.float32), empty_like(B * T, 3 * C, dtype=dtype)
+    out, lse, dqkv = (
+        empty_like(B * T, C, dtype=dtype),
+        np.empty((B, NH, T), np.float32),
+        empty_like(B * T, 3 * C, dtype=dtype),
+    )
     kernels.call("attention_forward", out, lse, qkv, B, T, C, NH, suffix=f"_{dtype}", fails=True, scratch=True)
     tx = values_of(qkv).requires_grad_()
     q, k, v = tx.view(B, T, 3, NH, hs).permute(2, 0, 3, 1, 4)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B * T, C)
     assert error(rounded(dtype, out), expected.detach()) < TOLERANCE[dtype]
-    kernels.call("attention_backward", dqkv, dout, qkv, out, lse, B, T, C, NH, suffix=f"_{dtype}", fails=True, scratch=True)
+    kernels.call(
+        "attention_backward", dqkv, dout, qkv, out, lse, B, T, C, NH, suffix=f"_{dtype}", fails=True, scratch=True
+    )
     expected.backward(values_of(dout))
     assert error(rounded(dtype, dqkv), tx.grad) < TOLERANCE[dtype] * (1 if dtype == "f32" else 1.5)
     if dtype == "f32":
@@ -172,7 +184,9 @@ def test_attention(kernels: Kernels, dtype: str, B: int, T: int, NH: int, hs: in
 
 @both
 @sizes
-@given(N=st.integers(1, 20), C=st.integers(1, 40), V=st.integers(2, 150), chunk=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    N=st.integers(1, 20), C=st.integers(1, 40), V=st.integers(2, 150), chunk=st.integers(1, 9), seed=st.integers(0, 99)
+)
 def test_classifier(kernels: Kernels, dtype: str, N: int, C: int, V: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, w = normal(rng, N, C, dtype=dtype), normal(rng, V, C, dtype=dtype)
@@ -180,7 +194,9 @@ def test_classifier(kernels: Kernels, dtype: str, N: int, C: int, V: int, chunk:
     losses, dx, dw = np.empty(N, np.float32), empty_like(N, C, dtype=dtype), np.full((V, C), np.nan, np.float32)
     scratch = np.empty(chunk * ((V + 15) // 16 * 16 + C), np.float32)
     sizes_ = (N, C, V, False, scratch, chunk)
-    kernels.call("classifier", losses, dx, dw, x, w, targets, 0.25, *sizes_, suffix=f"_{dtype}", fails=True, scratch=True)
+    kernels.call(
+        "classifier", losses, dx, dw, x, w, targets, 0.25, *sizes_, suffix=f"_{dtype}", fails=True, scratch=True
+    )
     tx, tw = values_of(x).requires_grad_(), values_of(w).requires_grad_()
     expected = F.cross_entropy(tx @ tw.T, torch.from_numpy(targets).long(), reduction="none")
     (0.25 * expected.sum()).backward()
@@ -188,7 +204,9 @@ def test_classifier(kernels: Kernels, dtype: str, N: int, C: int, V: int, chunk:
     assert error(rounded(dtype, dx), tx.grad) < TOLERANCE[dtype]
     assert error(dw, tw.grad) < TOLERANCE[dtype]
     only = np.empty(N, np.float32)
-    kernels.call("classifier", only, None, None, x, w, targets, 0.0, *sizes_, suffix=f"_{dtype}", fails=True, scratch=True)
+    kernels.call(
+        "classifier", only, None, None, x, w, targets, 0.0, *sizes_, suffix=f"_{dtype}", fails=True, scratch=True
+    )
     assert np.array_equal(only, losses)
     if dtype == "f32":
         logits = np.empty((N, V), np.float32)

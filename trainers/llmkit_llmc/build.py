@@ -1,7 +1,7 @@
 """Compiles the C sources for this machine on first use, into the user's cache, and says where the result is.
 
-The cache folder's name is a hash of everything that goes into the result: sources, flags, compiler and processor. A build
-is made beside it and renamed, so that concurrent first uses are safe and a killed one leaves nothing half-made.
+The cache folder's name is a hash of everything that goes into the result: sources, flags, compiler and processor. A
+build is made beside it and renamed, so that concurrent first uses are safe and a killed one leaves nothing half-made.
 
     CC            the compiler [default: cc, gcc, clang, the first there is]
     LLMC_CFLAGS   further flags, after ours: -march=x86-64-v3, -fsanitize=address, …
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmkit.files import cache_dir, new_directory
+from llmkit.files import TEMPORARY, cache_dir
 
 SOURCES = Path(__file__).parent / "csrc"
 #: compiled twice, for weights and activations in float and in bf16
@@ -80,8 +80,8 @@ def find_compiler(*, mpi: bool = False) -> tuple[str, ...]:
         if shutil.which(name):
             return (name,)
     raise BuildError(
-        "there is no C compiler: install one (Debian: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install) "
-        "or set CC"
+        "there is no C compiler: install one (Debian: apt install gcc; Fedora: dnf install gcc; "
+        "macOS: xcode-select --install) or set CC"
     )
 
 
@@ -106,7 +106,9 @@ def toolchain(*, mpi: bool = False) -> Toolchain:
     answer = run([*compiler, "--version"])
     version = answer.stdout.strip() or answer.stderr.strip()
     if not _accepts(compiler, ["-std=gnu11"]):
-        raise BuildError(f"{compiler[0]} cannot compile and link a C11 program: install gcc 9 or clang 9, or newer, and set CC")
+        raise BuildError(
+            f"{compiler[0]} cannot compile and link a C11 program: install gcc 9 or clang 9, or newer, and set CC"
+        )
     notes: list[str] = []
     flags = [*FLAGS]
     native = next((flag for flag in NATIVE if not flag or _accepts(compiler, [flag])), "")
@@ -121,7 +123,8 @@ def toolchain(*, mpi: bool = False) -> Toolchain:
         link.append("-fopenmp")
     else:
         notes.append(
-            f"{compiler[0]} has no OpenMP, so training uses one thread (Debian's clang: apt install libomp-dev; or set CC=gcc)"
+            f"{compiler[0]} has no OpenMP, so training uses one thread (Debian's clang: apt install libomp-dev; "
+            "or set CC=gcc)"
         )
     if mpi:
         flags.append("-DLLMC_MPI")
@@ -156,7 +159,9 @@ def key_of(tools: Toolchain) -> str:
 
 def build(*, mpi: bool = False) -> Build:
     """The library and the executable, compiled now or before. Raises BuildError."""
-    environment = tuple(os.environ.get(name, "") for name in ("CC", "LLMC_CFLAGS", "LLMC_BLAS", "LLMC_MPICC", "LLMKIT_CACHE_DIR"))
+    environment = tuple(
+        os.environ.get(name, "") for name in ("CC", "LLMC_CFLAGS", "LLMC_BLAS", "LLMC_MPICC", "LLMKIT_CACHE_DIR")
+    )
     return _build(mpi, environment)
 
 
@@ -167,13 +172,19 @@ def _build(mpi: bool, environment: tuple[str, ...]) -> Build:
     folder = cache_dir() / "llmc" / key_of(tools)
     if not (folder / EXECUTABLE).is_file():
         try:
-            with new_directory(folder) as beside:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent, ignore_cleanup_errors=True) as name:
+                beside = Path(name, "build")
+                beside.mkdir()
                 compile_all(tools, beside)
-        except FileExistsError:
-            pass  # another process was faster
+                os.rename(beside, folder)
         except OSError as error:
-            if not (folder / EXECUTABLE).is_file():
-                raise BuildError(f"the compiled library cannot be kept in {folder}: {error}; set LLMKIT_CACHE_DIR") from None
+            if not (
+                folder / EXECUTABLE
+            ).is_file():  # else another process was faster: a full folder is not renamed over
+                raise BuildError(
+                    f"the compiled library cannot be kept in {folder}: {error}; set LLMKIT_CACHE_DIR"
+                ) from None
     return Build(folder / LIBRARY, folder / EXECUTABLE, tools.notes)
 
 
@@ -183,7 +194,10 @@ def compile_all(tools: Toolchain, folder: Path) -> None:
     for source in sorted(SOURCES.glob("*.c")):
         name = source.stem
         if name in TYPED:
-            jobs += [(f"{name}_{suffix}.o", [str(source), f"-DLLMC_BF16={value}"]) for value, suffix in enumerate(("f32", "bf16"))]
+            jobs += [
+                (f"{name}_{suffix}.o", [str(source), f"-DLLMC_BF16={value}"])
+                for value, suffix in enumerate(("f32", "bf16"))
+            ]
         else:
             jobs.append((f"{name}.o", [str(source)]))
 
@@ -204,9 +218,11 @@ def compile_all(tools: Toolchain, folder: Path) -> None:
 def _checked(tools: Toolchain, command: list[str]) -> None:
     result = run(command)
     if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "error" in line.lower()] or result.stderr.splitlines()[-3:]
+        errors = [line for line in result.stderr.splitlines() if "error" in line.lower()] or result.stderr.splitlines()[
+            -3:
+        ]
         version = tools.version.splitlines()[0] if tools.version else "unknown version"
         raise BuildError(
-            f"{tools.command[0]} ({version}) cannot compile llmc, which needs gcc 9 or clang 9, or newer; set CC to another "
-            f"compiler, or check LLMC_CFLAGS and LLMC_BLAS. It said: {' / '.join(errors[:3])}"
+            f"{tools.command[0]} ({version}) cannot compile llmc, which needs gcc 9 or clang 9, or newer; set CC to "
+            f"another compiler, or check LLMC_CFLAGS and LLMC_BLAS. It said: {' / '.join(errors[:3])}"
         )

@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.files import cache_dir, new_directory
+from llmkit.files import TEMPORARY, cache_dir
 from llmkit.tokenizer import Tokenizer, load_tokenizer
 
 MAGIC, VERSION, START, ENDINGS = 20240522, 1, 65535, 4
@@ -59,19 +61,18 @@ def encode_examples(examples: Iterable[dict[str, Any]], tokenizer: Tokenizer) ->
 
 
 def evaluation_file(path: Path, tokenizer: Tokenizer) -> Path:
-    """`path` itself if it is an eval .bin, else its examples encoded with `tokenizer`, made once and kept in the cache."""
+    """`path` if it is an eval .bin, else its examples encoded with `tokenizer`, made once and kept in the cache."""
     if path.suffix == ".bin":
         return path
     digest = hashlib.blake2b(path.read_bytes() + tokenizer.fingerprint.encode(), digest_size=12).hexdigest()
-    folder = cache_dir() / "llmc" / f"eval-{digest}"
-    if not (folder / "eval.bin").is_file():
+    made = cache_dir() / "llmc" / f"eval-{digest}.bin"
+    if not made.is_file():
         content = encode_examples(read_examples(path), tokenizer)
-        try:
-            with new_directory(folder) as beside:
-                (beside / "eval.bin").write_bytes(content)
-        except FileExistsError:
-            pass  # another process of the run was faster
-    return folder / "eval.bin"
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=made.parent, prefix=TEMPORARY, delete=False) as beside:
+            beside.write(content)
+        os.replace(beside.name, made)
+    return made
 
 
 def main(arguments: list[str] | None = None) -> None:

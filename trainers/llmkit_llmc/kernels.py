@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 class Matrix(ctypes.Structure):
     """A strided matrix: element (i, j) at i * row_stride + j * col_stride."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", ctypes.c_void_p),
         ("row_stride", ctypes.c_int64),
         ("col_stride", ctypes.c_int64),
@@ -30,7 +30,7 @@ class Matrix(ctypes.Structure):
 class Gemm(ctypes.Structure):
     """One matrix product: c (m, n) = a (m, k) b (k, n)."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, ctypes.c_int64) for name in ("m", "n", "k")],
         *[(name, Matrix) for name in ("a", "b", "c")],
         ("bias", ctypes.c_void_p),
@@ -42,7 +42,7 @@ class Gemm(ctypes.Structure):
 class Workspace(ctypes.Structure):
     """Scratch memory; the library makes it grow."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("threads", ctypes.c_int),
         ("packed", ctypes.c_void_p),
         ("packed_bytes", ctypes.c_size_t),

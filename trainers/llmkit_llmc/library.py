@@ -24,25 +24,25 @@ i32, i64, f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 class Error(ctypes.Structure):
     """llmc_error."""
 
-    _fields_ = [("text", ctypes.c_char * 768), ("where", ctypes.c_char * 64)]  # noqa: RUF012
+    _fields_ = [("text", ctypes.c_char * 768), ("where", ctypes.c_char * 64)]
 
 
 class Shape(ctypes.Structure):
     """llmc_config."""
 
-    _fields_ = [(name, i32) for name in ("max_t", "vocab", "padded_vocab", "layers", "heads", "channels")]  # noqa: RUF012
+    _fields_ = [(name, i32) for name in ("max_t", "vocab", "padded_vocab", "layers", "heads", "channels")]
 
 
 class Options(ctypes.Structure):
     """llmc_options."""
 
-    _fields_ = [(name, i32) for name in ("dtype", "threads", "recompute", "master", "rank", "ranks")]  # noqa: RUF012
+    _fields_ = [(name, i32) for name in ("dtype", "threads", "recompute", "master", "rank", "ranks")]
 
 
 class AdamW(ctypes.Structure):
     """llmc_adamw."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, f32) for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_scale")],
         ("step", i32),
         ("seed", ctypes.c_uint32),
@@ -108,7 +108,7 @@ def pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
 
 
 class Model:
-    """A GPT-2 in the library's memory: B batch, T positions; parameters travel as one flat fp32 vector in table order."""
+    """A GPT-2 in the library's memory. B batch, T positions; parameters are one flat fp32 vector, in table order."""
 
     def __init__(
         self,
@@ -179,7 +179,9 @@ class Model:
         x, y = np.ascontiguousarray(inputs, np.int32), np.ascontiguousarray(targets, np.int32)
         losses, mean = np.empty(x.shape, np.float32), ctypes.c_double()
         sizes = i64(x.shape[0]), i64(x.shape[1])
-        self.library.call("llmc_model_loss", self._model, pointer(x), pointer(y), *sizes, pointer(losses), ctypes.byref(mean))
+        self.library.call(
+            "llmc_model_loss", self._model, pointer(x), pointer(y), *sizes, pointer(losses), ctypes.byref(mean)
+        )
         return mean.value, losses
 
     def gradient(self, inputs: npt.NDArray[Any], targets: npt.NDArray[Any], *, scale: float, accumulate: bool) -> float:

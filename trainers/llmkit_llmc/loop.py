@@ -117,7 +117,9 @@ class Training:
         end = tokenizer.eot_id
         prompt = tokenizer.encode(c.prompt) if c.prompt else [0 if end is None else end]
         if len(prompt) >= self.model.shape.context:
-            raise ValueError(f"--prompt has {len(prompt)} tokens, and the model only {self.model.shape.context} positions")
+            raise ValueError(
+                f"--prompt has {len(prompt)} tokens, and the model only {self.model.shape.context} positions"
+            )
         ids = self.model.generate(prompt, c.sample_tokens, temperature=c.temperature, top_k=c.top_k, seed=self.step)
         if end in ids:
             ids = ids[: ids.index(end)]
@@ -139,7 +141,7 @@ class Training:
     def _hellaswag(self) -> Event:
         from llmkit_llmc.hellaswag import evaluation_file
 
-        path = evaluation_file(Path(self.config.hellaswag), self.job.data.tokenizer, self.job.out)
+        path = evaluation_file(Path(self.config.hellaswag), self.job.data.tokenizer)
         correct, examples = ctypes.c_int32(), ctypes.c_int32()
         sizes = (self.config.batch_size, self.config.sequence_length, self.comm.rank, self.comm.ranks)
         counts = ctypes.byref(correct), ctypes.byref(examples)
@@ -167,5 +169,3 @@ class Training:
             self.batches.position = self.state.read(self.library, self.model, folder, self.comm)
         except (OSError, LlmcError) as error:
             raise ValueError(f"the run cannot be resumed: {error}") from None
-
-

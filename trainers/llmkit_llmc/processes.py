@@ -43,7 +43,7 @@ def launcher() -> str:
 
 
 def train(job: TrainJob) -> Iterator[Event]:
-    """The events of a run in `job.config.nproc` processes. Raises BuildError without MPI, ValueError as a worker did."""
+    """The events of a run in `job.config.nproc` processes. BuildError without MPI; ValueError where a worker failed."""
     build(mpi=True)  # once, before all workers ask for it
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}llmc-", dir=job.out))
     try:
@@ -69,7 +69,10 @@ def _run(job: TrainJob, folder: Path) -> Iterator[Event]:
     command = [launcher(), "-np", str(job.config.nproc)]
     if "open" in _version(command[0]).lower():
         command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")]),
+    }
     worker = [sys.executable, "-m", "llmkit_llmc.worker", str(folder)]
     process = subprocess.Popen(
         [*command, *worker],

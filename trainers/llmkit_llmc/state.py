@@ -15,13 +15,21 @@ u64 = ctypes.c_uint64
 class Outliers(ctypes.Structure):
     """llmc_outliers: the last 128 values."""
 
-    _fields_ = [("values", ctypes.c_double * 128), ("count", ctypes.c_int32), ("next", ctypes.c_int32)]  # noqa: RUF012
+    _fields_ = [("values", ctypes.c_double * 128), ("count", ctypes.c_int32), ("next", ctypes.c_int32)]
 
 
 class State(ctypes.Structure):
     """llmc_state: step, seed of rounding, place in the data, outlier windows."""
 
-    _fields_ = [  # noqa: RUF012
+    step: int
+    shuffle: int
+    rng: int
+    rng_last: int
+    sample: int
+    loss: Outliers
+    norm: Outliers
+
+    _fields_ = [
         ("step", ctypes.c_int32),
         ("shuffle", ctypes.c_int32),
         ("rng", u64),
@@ -73,7 +81,7 @@ def state_path(folder: Path, rank: int) -> Path:
 
 
 class _CComm(ctypes.Structure):
-    _fields_ = [("rank", ctypes.c_int), ("ranks", ctypes.c_int)]  # noqa: RUF012
+    _fields_ = [("rank", ctypes.c_int), ("ranks", ctypes.c_int)]
 
 
 @dataclass(frozen=True)

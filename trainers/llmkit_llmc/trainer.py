@@ -1,4 +1,4 @@
-"""LlmcTrainer: the backend's options and its checks; the training loop is in `loop`, several processes in `processes`."""
+"""LlmcTrainer: the backend's options and checks. The loop is in `loop`, several processes are in `processes`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 class LlmcConfig(TrainConfig):
     """What `llmc` adds to the shared options."""
 
-    threads: int | None = option(None, "CPU threads of each process. [default: all, shared by the processes]", minimum=1)
+    threads: int | None = option(
+        None, "CPU threads of each process. [default: all, shared by the processes]", minimum=1
+    )
     nproc: int = option(1, "Processes, over MPI: data parallel, optimiser state shared out (ZeRO-1).", minimum=1)
     recompute: int = option(1, "In the backward: 0 nothing, 1 GELU, 2 GELU and LayerNorm.", minimum=0, maximum=2)
     master_weights: bool = option(True, "With bf16: keep fp32 weights for the optimiser.")
-    skip_loss: float = option(0.0, "Skip an update whose loss is this many deviations above the last 128; 0 never.", minimum=0)
+    skip_loss: float = option(
+        0.0, "Skip an update whose loss is this many deviations above the last 128; 0 never.", minimum=0
+    )
     skip_norm: float = option(0.0, "The same for the gradient norm.", minimum=0)
     overfit: bool = option(False, "Train on the first step's batch only: a check that the model can learn it.")
-    hellaswag: str | None = option(None, "Evaluate HellaSwag with each validation, from this .jsonl or eval .bin.", metavar="FILE")
+    hellaswag: str | None = option(
+        None, "Evaluate HellaSwag with each validation, from this .jsonl or eval .bin.", metavar="FILE"
+    )
     prompt: str = option("", "Text that samples begin with. [default: end of text]")
     temperature: float = option(1.0, "Of samples; 0 takes the likeliest token.", minimum=0)
     top_k: int = option(0, "Sample among the K likeliest tokens; 0 all.", minimum=0)
@@ -56,8 +62,9 @@ class LlmcTrainer(Trainer):
             step = resolved.batch_size * resolved.sequence_length * resolved.nproc
             if resolved.total_batch_tokens % step:
                 raise ValueError(
-                    f"--total-batch-tokens {resolved.total_batch_tokens} does not divide into {resolved.nproc} processes with "
-                    f"micro-batches of {resolved.batch_size} sequences of {resolved.sequence_length} tokens: use a multiple of {step}"
+                    f"--total-batch-tokens {resolved.total_batch_tokens} does not divide into {resolved.nproc} "
+                    f"processes with micro-batches of {resolved.batch_size} sequences of {resolved.sequence_length} "
+                    f"tokens: use a multiple of {step}"
                 )
         if resolved.dtype is None:
             from llmkit_llmc.library import load

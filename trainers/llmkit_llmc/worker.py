@@ -75,6 +75,7 @@ def main(folder: Path) -> None:
     try:
         described = json.loads((folder / "job.json").read_text("utf-8"))
         config = LlmcConfig(**described["config"])
+        assert config.batch_size and config.sequence_length  # resolved by the launching process
         data = TokenData(described["data"])
         save = _Handover(folder, comm)
         job = TrainJob(
@@ -85,7 +86,9 @@ def main(folder: Path) -> None:
             save=save,
             stop=_StopFile(folder / STOP),
             out=Path(described["out"]),
-            validation=ValidationBatches(data, config.batch_size, config.sequence_length, batches=described["val_batches"]),
+            validation=ValidationBatches(
+                data, config.batch_size, config.sequence_length, batches=described["val_batches"]
+            ),
         )
         training = save.training = Training(job, comm)
         for event in training.run():

@@ -10,12 +10,10 @@
 
 // Unit `step` of a lane-contiguous source: n lanes of row k = step, or of rows 2 step and 2 step + 1 as pairs.
 INLINE vf pack_lanes(const char *src, int64_t k_bytes, int64_t step, int64_t k_total, int64_t n, const int is_bf16, const int pairs) {
-    if (!pairs) {
-        const char *p = src + step * k_bytes;
-        return is_bf16 ? vf_load_n_bf16((const bf16 *)p, n) : vf_load_n((const float *)p, n);
-    }
-    vf low = pack_lanes(src, k_bytes, 2 * step, k_total, n, is_bf16, 0);
-    vf high = 2 * step + 1 < k_total ? pack_lanes(src, k_bytes, 2 * step + 1, k_total, n, is_bf16, 0) : vf_set(0);
+#define LLMC_ROW(k) (is_bf16 ? vf_load_n_bf16((const bf16 *)(src + (k) * k_bytes), n) : vf_load_n((const float *)(src + (k) * k_bytes), n))
+    if (!pairs) return LLMC_ROW(step);
+    vf low = LLMC_ROW(2 * step), high = 2 * step + 1 < k_total ? LLMC_ROW(2 * step + 1) : vf_set(0);
+#undef LLMC_ROW
     vu l = __builtin_convertvector(vf_round_bf16(low), vu), h = __builtin_convertvector(vf_round_bf16(high), vu);
     return (vf)(l | h << 16);
 }

@@ -65,6 +65,7 @@ static int load_model(Run *r, int resume_step, llmc_error *err) {
 static int resume(Run *r, int step, llmc_error *err) {
     char path[1024];
     rundir_state_path(path, sizeof path, r->s.out, step, r->comm.rank);
+    if (access(path, F_OK) != 0) LLMC_FAIL(err, "resume with as many processes as it was saved with", "process %d of %d has no state file %s", r->comm.rank, r->comm.ranks, path);
     LLMC_TRY(llmc_state_read(r->model, &r->state, path, err));
     int failed = loader_restore(&r->train, &r->state, err);
     free(r->state.shard_order);
