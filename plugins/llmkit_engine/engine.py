@@ -1,8 +1,8 @@
 """EmbeddedEngine: runs GPT-2 and Llama models on the CPU, compiled for this processor on first use.
 
-Many requests run at once over a paged key-value cache of fixed size; common prefixes are computed once. A result does not
-depend on its neighbours, the threads, chunks or cache hits, bit for bit. Heavy modules are imported when a checkpoint is
-opened.
+Many requests run at once over a paged key-value cache of fixed size; common prefixes are computed once. A result does
+not depend on its neighbours, the threads, chunks or cache hits, bit for bit. Heavy modules are imported when
+a checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL_MODEL = 2**22  # bytes of weights below which threads cost more than they 
 
 
 class EmbeddedEngine(Engine):
-    """GPT-2 and Llama models on the CPU: continuous batching, shared prefixes, int8; the default where it can be compiled."""
+    """GPT-2 and Llama models on the CPU: continuous batching, shared prefixes, int8 weights. Needs a C compiler."""
 
     name: ClassVar[str] = "llmkit"
     requires: ClassVar[tuple[str, ...]] = ()

@@ -113,20 +113,3 @@ def _load(path: str) -> Any:
 def library() -> Any:
     """The library, compiled on first use. Raises BuildError."""
     return _load(str(build()))
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "BF16",
-    "F16",
-    "F32",
-    "INT8",
-    "KV_BLOCK",
-    "NORMS",
-    "Draw",
-    "Layer",
-    "Model",
-    "Packed",
-    "Step",
-    "library",
-]

@@ -1,7 +1,7 @@
-"""Rotary positions (Su et al. 2021): the frequencies of the variants that transformers knows, and tables of cos and sin.
+"""Rotary positions (Su et al. 2021): frequencies of the variants that transformers knows, and tables of cos and sin.
 
-Within the context that a configuration announces, `dynamic` scaling has no effect (it only grows with longer sequences),
-and an engine feeds no more than that.
+Within the context that a configuration announces, `dynamic` scaling has no effect (it only grows with longer
+sequences), and an engine feeds no more than that.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Runner: the compiled forward pass with its memory. A step takes runs of tokens with their cache blocks, gives logits."""
+"""Runner: the compiled forward pass with its memory. A step takes runs of tokens with their cache blocks."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,10 +83,12 @@ class Runner:
             sin=None if self._rope is None else self._rope[1].ctypes.data,
             cache=self.cache.ctypes.data,
             blocks=self.blocks,
-            **{
-                name: array.ctypes.data
-                for name, array in _named(ids=ids, pos=pos, slot=slot, start=start, table=table, row=rows)
-            },
+            ids=ids.ctypes.data,
+            pos=pos.ctypes.data,
+            slot=slot.ctypes.data,
+            start=start.ctypes.data,
+            table=table.ctypes.data,
+            row=rows.ctypes.data,
         )
         failed = library().lk_forward(self._handle, ctypes.byref(step))
         assert not failed, "a step larger than was planned for"
@@ -123,7 +124,3 @@ def block_floats(spec: ModelSpec) -> int:
     """Floats of one block in one layer: keys, and values padded to whole vectors, of all kv heads."""
     padded = -(-spec.head_dim // KV_BLOCK) * KV_BLOCK
     return spec.kv_heads * KV_BLOCK * (spec.head_dim + padded)
-
-
-def _named(**arrays: npt.NDArray[Any]) -> Sequence[tuple[str, npt.NDArray[Any]]]:
-    return list(arrays.items())

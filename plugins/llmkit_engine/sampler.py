@@ -1,6 +1,7 @@
 """Sampler: one request's parameters, random numbers and tokens so far; and the choice of the next tokens of a step.
 
-The same rules as `llmkit.sampling`, without PyTorch: a seed gives the same random numbers, one a token, alone or in company.
+The same rules as `llmkit.sampling`, without PyTorch: a seed gives the same random numbers, one a token, alone or in
+company.
 """
 
 from __future__ import annotations
@@ -105,10 +106,7 @@ def choose(runner: Runner, logits: Floats, samplers: Sequence[Sampler]) -> list[
             except ValueError as error:
                 errors[row] = error
     random_rows = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
-    if len(random_rows) < len(samplers):
-        ids = runner.argmax(logits)
-    else:
-        ids = np.empty(len(samplers), dtype=np.int32)
+    ids = runner.argmax(logits) if len(random_rows) < len(samplers) else np.empty(len(samplers), dtype=np.int32)
     if random_rows:
         some = logits if len(random_rows) == len(samplers) else logits[random_rows]
         ids[random_rows] = runner.sample(some, [samplers[row].draw() for row in random_rows])

@@ -1,8 +1,8 @@
 """Scheduler: continuous batching of generations over a fixed number of cache blocks.
 
-Each step runs at most a budget of tokens: first one for every request that is decoding, then chunks of prompts. Requests join
-and leave between steps. When blocks run out, the request that came last gives its own back and is computed again
-later, which its cached blocks make cheap.
+Each step runs at most a budget of tokens: first one for every request that is decoding, then chunks of prompts.
+Requests join and leave between steps. When blocks run out, the request that came last gives its own back and is
+computed again later, which its cached blocks make cheap.
 """
 
 from __future__ import annotations

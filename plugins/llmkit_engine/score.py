@@ -1,8 +1,8 @@
 """Scorer: log-likelihoods of many continuations, each shared token computed once.
 
-What the requests feed is merged into a trie. Its nodes, runs of tokens without a branch, are computed depth first, several in
-a step under its budget of tokens; a child goes on from its parent's cache blocks, with a copy of the one that it shares in
-part. Where blocks run out, nodes give theirs back and are computed again from the root.
+What the requests feed is merged into a trie. Its nodes, runs of tokens without a branch, are computed depth first,
+several in a step under its budget of tokens; a child goes on from its parent's cache blocks, with a copy of the one
+that it shares in part. Where blocks run out, nodes give theirs back and are computed again from the root.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Answer:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """Tokens [start, end) of `path`, which goes on from the root. `wanted`: position -> who asks for which token there."""
+    """Tokens [start, end) of `path`, which begins at the root. `wanted`: position -> who asks for which token."""
 
     path: Tokens
     start: int

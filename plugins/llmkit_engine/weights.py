@@ -104,7 +104,7 @@ class Weights:
             )
         if files.dtype(where) not in KINDS:
             raise CheckpointError(
-                f"tensor {name} of checkpoint {self._checkpoint.path} is {files.dtype(where)}; the engine 'llmkit' reads "
+                f"tensor {name} of checkpoint {self._checkpoint.path} is {files.dtype(where)}; engine 'llmkit' reads "
                 f"{', '.join(KINDS)}"
             )
         return files.stored(where)

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused query-key-value, GELU; matrices stored as (in, out)."""
+"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused query-key-value, GELU; matrices are (in, out)."""
 
 from __future__ import annotations
 

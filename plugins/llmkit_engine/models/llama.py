@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023; grouped-query attention from Ainslie et al. 2023): rotary positions, RMSNorm, gated SiLU."""
+"""Llama (Touvron et al. 2023): rotary positions, RMSNorm, gated SiLU, grouped-query attention (Ainslie et al. 2023)."""
 
 from __future__ import annotations
 
