@@ -310,7 +310,19 @@ def large(tmp_path: Path) -> Path:
 
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     command = [*COMMAND, "data", "prepare", str(source), "--tokenizer", "byte", "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=obey_sigint,
+    )
+
+
+def obey_sigint() -> None:
+    """A shell's background job ignores SIGINT, and so would all that it starts: the tests may run in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_workers(process: subprocess.Popen[str], folder: Path) -> list[psutil.Process]:
