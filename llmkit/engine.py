@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+class UnsupportedModel(ValueError):
+    """An engine does not run this architecture, or this variant of it. The message says what it lacks."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Ask for the log-likelihood of `continuation` after `context`.
@@ -131,13 +135,14 @@ class Engine(Component, ABC):
         vocab_size: ids are in [0, vocab_size).
         context_length: most tokens that can be fed for one request.
         eos_ids: ids that end a generation, from the checkpoint.
-        dtype: fp32 or bf16, what it computes in.
+        dtype: fp32 or bf16, what it computes in; of quantised weights their type.
 
     An engine may read requests ahead of the results that it gives, to batch similar ones together; how far is bounded.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()  # class names in config.json that it runs; empty: it must be asked
     can_constrain: ClassVar[bool] = False  # whether it heeds GenerateRequest.constraint
+    quantizations: ClassVar[tuple[str, ...]] = ()  # what its `open` takes as `quantize`
     vocab_size: int
     context_length: int
     eos_ids: frozenset[int]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmkit.component import missing_modules, require
+from llmkit.engine import UnsupportedModel
 from llmkit.plugins import get_plugins
 
 if TYPE_CHECKING:
@@ -15,22 +18,54 @@ GENERAL = "transformers"  # runs any architecture, so it takes what no other eng
 
 
 def open_engine(
-    checkpoint: Checkpoint, name: str | None = None, *, dtype: str | None = None, device: str | None = None
+    checkpoint: Checkpoint,
+    name: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantize: str | None = None,
 ) -> Engine:
     """Load `checkpoint` in the engine `name`; None takes the default for its architecture.
 
-    `dtype` is fp32 or bf16 (None: the checkpoint's), `device` as in PyTorch (None: the best). Raises UnknownComponent
-    with the nearest names, MissingRequirement with the pip line, and ValueError or CheckpointError from the engine.
+    `dtype` is fp32 or bf16 (None: the checkpoint's), `device` as in PyTorch (None: the best), `quantize` one of the
+    engine's `quantizations`. A model that the default engine turns out not to run goes to GENERAL, with a line on
+    stderr. Raises UnknownComponent with the nearest names, MissingRequirement with the pip line, and ValueError or
+    CheckpointError from the engine.
     """
-    engine = default_engine(checkpoint.architecture) if name is None else get_plugins().engine(name)
+    engine = default_engine(checkpoint.architecture, device) if name is None else get_plugins().engine(name)
     require(engine.requires, f"engine {engine.name!r}")
-    return engine.open(checkpoint, dtype=dtype, device=device)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    if quantize is not None:
+        if quantize not in engine.quantizations:
+            known = ", ".join(engine.quantizations) or "none"
+            raise ValueError(f"quantize: engine {engine.name!r} has no {quantize!r} weights (it has: {known})")
+        options["quantize"] = quantize
+    try:
+        return engine.open(checkpoint, **options)
+    except UnsupportedModel as error:
+        if name is not None or quantize is not None or engine.name == GENERAL:
+            raise
+        print(f"llmkit: {error}; engine {GENERAL!r} runs it instead", file=sys.stderr)
+    general: type[Engine] = get_plugins().engine(GENERAL)
+    require(general.requires, f"engine {GENERAL!r}")
+    return general.open(checkpoint, **options)
 
 
-def default_engine(architecture: str) -> type[Engine]:
-    """The first engine by name that announces `architecture` and whose requirements are installed, else GENERAL."""
+def default_engine(architecture: str, device: str | None = None) -> type[Engine]:
+    """The first engine by name that announces `architecture` and can be used here, else GENERAL.
+
+    GENERAL too where another device than the CPU is asked for, or there is an Nvidia GPU to be used.
+    """
+    general: type[Engine] = get_plugins().engine(GENERAL)
+    if device not in (None, "cpu") or (device is None and _has_gpu() and not missing_modules(general.requires)):
+        return general
     engines: list[type[Engine]] = get_plugins().all("engine")
     for engine in engines:
-        if architecture in engine.architectures and not missing_modules(engine.requires):
+        if architecture in engine.architectures and engine.unavailable() is None:
             return engine
-    return get_plugins().engine(GENERAL)
+    return general
+
+
+def _has_gpu() -> bool:
+    """Whether the Nvidia driver shows a device; asking PyTorch would take seconds."""
+    return Path("/dev/nvidia0").exists()

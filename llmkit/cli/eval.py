@@ -31,6 +31,7 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.option("--data", metavar="PATH", help="Text file, data folder or named source for `bpb`.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results here, samples beside it.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]")
 @click.option(
     "--seed",
@@ -52,6 +53,7 @@ def command(
     data: str | None,
     out: Path | None,
     dtype: str | None,
+    quantize: str | None,
     device: str | None,
     seed: int,
     as_json: bool,
@@ -88,7 +90,7 @@ def command(
     )
     with (
         _samples_file(out) as samples,
-        open_engine(evaluation.checkpoint, engine, dtype=dtype, device=device) as opened,
+        open_engine(evaluation.checkpoint, engine, dtype=dtype, device=device, quantize=quantize) as opened,
     ):
         _run(evaluation, opened, samples)
     results = evaluation.results()

@@ -52,6 +52,7 @@ TEMPERATURE = 0.8  # plain sampling from a small model wanders; this stays livel
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--engine", metavar="NAME", help="[default: the one for the model's architecture]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]")
 @ui.json_option
 def command(
@@ -69,6 +70,7 @@ def command(
     stop: tuple[str, ...],
     engine: str | None,
     dtype: str | None,
+    quantize: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -99,7 +101,7 @@ def command(
         seed=seed,
     )
     request = TextRequest(0, tuple(ids), sampling, stop=stop, n=num_samples)
-    with open_engine(opened, engine, dtype=dtype, device=device) as running:
+    with open_engine(opened, engine, dtype=dtype, device=device, quantize=quantize) as running:
         if len(ids) >= running.context_length:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, but the model's context of {running.context_length} leaves room "

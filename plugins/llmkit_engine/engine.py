@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from llmkit.engine import Chunk, Engine, GenerateRequest, ScoreRequest, ScoreResult
+from llmkit.engine import Chunk, Engine, GenerateRequest, ScoreRequest, ScoreResult, UnsupportedModel
 from llmkit_engine.models import architectures, describe
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class EmbeddedEngine(Engine):
     requires: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[tuple[str, ...]] = tuple(architectures())
     can_constrain: ClassVar[bool] = True
+    quantizations: ClassVar[tuple[str, ...]] = ("int8",)
 
     def __init__(
         self, scheduler: Scheduler, *, spec: ModelSpec, dtype: str, eos_ids: frozenset[int], context_length: int
@@ -76,7 +77,10 @@ class EmbeddedEngine(Engine):
         once. Raises UnsupportedModel for an architecture that it does not know, CheckpointError for missing or damaged
         weights, BuildError where the library cannot be compiled, ValueError for another parameter.
         """
-        spec = describe(checkpoint.architecture, checkpoint.config)
+        try:
+            spec = describe(checkpoint.architecture, checkpoint.config)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"engine 'llmkit' does not compute {error}") from None
         dtype = dtype or ("bf16" if _stored_dtype(checkpoint) == "bfloat16" else "fp32")
         if dtype not in ("fp32", "bf16"):
             raise ValueError(f"dtype: engine 'llmkit' has weights in fp32 or bf16, not {dtype}")
@@ -107,7 +111,7 @@ class EmbeddedEngine(Engine):
         runner = Runner(spec, weights, context=context, blocks=blocks, tokens=step_tokens, rows=rows, threads=many)
         eos_ids = frozenset(i for i in checkpoint.eos_ids if i < spec.vocab)
         scheduler = Scheduler(runner, Blocks(blocks), eos_ids=eos_ids, context=context, max_running=max_running)
-        return cls(scheduler, spec=spec, dtype=dtype, eos_ids=eos_ids, context_length=context)
+        return cls(scheduler, spec=spec, dtype=quantize or dtype, eos_ids=eos_ids, context_length=context)
 
     def close(self) -> None:
         with self._lock:

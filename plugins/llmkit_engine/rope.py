@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmkit_engine.spec import UnsupportedModel
+from llmkit.engine import UnsupportedModel
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llmkit.engine import UnsupportedModel
+
 Norm = Literal["layer", "rms"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
@@ -22,10 +24,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "relu": "relu",
 }
-
-
-class UnsupportedModel(ValueError):
-    """The architecture, or this variant of it, is not one that the engine computes. The message says what is not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from llmkit_engine.spec import ModelSpec, UnsupportedModel
+from llmkit.engine import UnsupportedModel
+from llmkit_engine.spec import ModelSpec
 
 Describe = Callable[[Mapping[str, Any]], ModelSpec]
 
