@@ -38,9 +38,14 @@ def list_plugins(as_json: bool) -> None:
         return
     rows = []
     for p in plugins:
-        provides = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in p.provides.items())
+        provides = "; ".join(f"{kind}: {_some(names)}" for kind, names in p.provides.items())
         rows.append([p.name, f"{p.distribution} {p.version}", f"BROKEN: {p.error}" if p.error else provides])
     table(["plugin", "from", "provides"], rows)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The first names; a plugin may provide dozens."""
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 @command.command("new")
