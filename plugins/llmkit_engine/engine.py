@@ -88,7 +88,11 @@ class EmbeddedEngine(Engine):
             raise ValueError(f"quantize: engine 'llmkit' knows int8, not {quantize}")
         if device not in (None, "cpu"):
             raise ValueError(f"device: engine 'llmkit' runs on the CPU, not on {device}; --engine transformers can")
-        for name, value in (("step_tokens", step_tokens), ("max_running", max_running), ("threads", threads or 1)):
+        for name, value in (
+            ("step_tokens", step_tokens),
+            ("max_running", max_running),
+            ("threads", 1 if threads is None else threads),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
