@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit import __version__
 from llmkit.component import require
 from llmkit.eval_requests import Encoder, OpenDocument, Wave
-from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Metric, Request
+from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Metric, Request, pooled
 from llmkit.plugins import get_plugins
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Evaluation:
             self.tasks[name] = evaluator(context)
         self.truncated: dict[str, int] = dict.fromkeys(self.tasks, 0)
         self._scores: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in self.tasks}
+        self._parts: dict[str, dict[int, tuple[str, ...]]] = {name: {} for name in self.tasks}
         self._documents = {name: task.documents() for name, task in self.tasks.items()}
         self._engine: Engine | None = None
         self._seconds = 0.0
@@ -124,6 +125,7 @@ class Evaluation:
         answers = finished.answers()
         scores = self.tasks[finished.task].score(finished.document, answers)
         self._scores[finished.task][finished.index] = scores
+        self._parts[finished.task][finished.index] = self.tasks[finished.task].parts(finished.document)
         self.truncated[finished.task] += finished.truncated
         return Sample(finished.task, finished.index, finished.document, finished.requests, answers, scores)
 
@@ -133,31 +135,42 @@ class Evaluation:
 
     def metrics(self, task: str) -> dict[str, Metric]:
         """The task's metrics. Raises ValueError where it had no documents, or a metric is not a finite number."""
-        by_index = self._scores[task]
+        return self._figures(task)[task][0]
+
+    def _figures(self, task: str) -> dict[str, tuple[dict[str, Metric], int]]:
+        """Metrics and number of documents of the task and then of each of its parts."""
+        by_index, parts = self._scores[task], self._parts[task]
         if not by_index:
             raise ValueError(f"task {task!r} has no documents")
-        metrics = self.tasks[task].aggregate([by_index[index] for index in sorted(by_index)])
-        for name, metric in metrics.items():
-            if not math.isfinite(metric.value):
-                raise ValueError(f"task {task!r}: {name} is {metric.value}, so the model's outputs are not usable")
-        return metrics
+        members: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+        for index in sorted(by_index):
+            members.setdefault(parts[index], []).append(by_index[index])
+        smallest = {names: (self.tasks[task].aggregate(scores), len(scores)) for names, scores in members.items()}
+        for metrics, _ in smallest.values():
+            for name, metric in metrics.items():
+                if not math.isfinite(metric.value):
+                    raise ValueError(f"task {task!r}: {name} is {metric.value}, so the model's outputs are not usable")
+        figures = {task: _together(list(smallest.values()))}
+        for part in sorted({name for names in smallest for name in names}):
+            figures[part] = _together([found for names, found in smallest.items() if part in names])
+        return figures
 
     def results(self) -> dict[str, Any]:
         """Everything about the finished run, in lm-eval's schema: what `llmkit eval --json` prints."""
         assert self._engine is not None
         results: dict[str, dict[str, float]] = {}
-        for name in self.tasks:
-            figures: dict[str, float] = {}
-            for metric_name, metric in self.metrics(name).items():
-                figures[metric_name] = metric.value
-                if metric.stderr is not None:
-                    figures[f"{metric_name}_stderr"] = metric.stderr
-            results[name] = {**figures, "n": len(self._scores[name])}
+        owners: dict[str, Evaluator] = {}
+        for name, task in self.tasks.items():
+            for part, (metrics, n) in self._figures(name).items():
+                if part != name and part in self.tasks:
+                    continue  # it was asked for, with documents of its own
+                results[part] = {**_flat(metrics), "n": n}
+                owners[part] = task
         return {
             "results": results,
-            "versions": {name: task.version for name, task in self.tasks.items()},
-            "n-shot": {name: task.shots for name, task in self.tasks.items()},
-            "higher_is_better": {name: dict(task.higher_is_better) for name, task in self.tasks.items()},
+            "versions": {name: task.version for name, task in owners.items()},
+            "n-shot": {name: task.shots for name, task in owners.items()},
+            "higher_is_better": {name: dict(task.higher_is_better) for name, task in owners.items()},
             "truncated": self.truncated,
             "config": {
                 "checkpoint": str(self.checkpoint.path),
@@ -173,3 +186,21 @@ class Evaluation:
             },
             "seconds": round(self._seconds, 3),
         }
+
+
+def _together(parts: Sequence[tuple[dict[str, Metric], int]]) -> tuple[dict[str, Metric], int]:
+    """Metrics and number of documents of several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [n for _, n in parts]
+    return {name: pooled([metrics[name] for metrics, _ in parts], sizes) for name in parts[0][0]}, sum(sizes)
+
+
+def _flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """`acc` and `acc_stderr`."""
+    figures: dict[str, float] = {}
+    for name, metric in metrics.items():
+        figures[name] = metric.value
+        if metric.stderr is not None:
+            figures[f"{name}_stderr"] = metric.stderr
+    return figures

@@ -100,6 +100,19 @@ def mean(values: Sequence[float]) -> Metric:
     return Metric(average, math.sqrt(variance / n))
 
 
+def pooled(metrics: Sequence[Metric], sizes: Sequence[int]) -> Metric:
+    """Mean of `metrics`, each from so many documents, by size; its standard error is that of the pooled variance.
+
+    Variance sum((n_i - 1) n_i se_i^2) / (N - k) over k metrics, as lm-eval has it; None where every size is 1.
+    """
+    total = sum(sizes)
+    value = math.fsum(metric.value * n for metric, n in zip(metrics, sizes)) / total
+    if total == len(sizes):
+        return Metric(value)
+    spread = math.fsum((n - 1) * n * (metric.stderr or 0.0) ** 2 for metric, n in zip(metrics, sizes))
+    return Metric(value, math.sqrt(spread / (total - len(sizes)) / total))
+
+
 class Evaluator(Component, ABC):
     """A task.
 
@@ -129,8 +142,15 @@ class Evaluator(Component, ABC):
     def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:
         """Figures of one document from the answers, in the order of its requests."""
 
+    def parts(self, document: Document) -> tuple[str, ...]:
+        """Parts of the task that a document counts for, the smallest first; each has figures of its own in the results.
+
+        A task with parts is put together from its smallest ones: the mean by their sizes, with pooled standard error.
+        """
+        return ()
+
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
-        """Results of the task from the figures of its documents: by default the mean of each."""
+        """Results of the task, or of a part, from the figures of its documents: by default the mean of each."""
         return {name: mean([score[name] for score in scores]) for name in scores[0]} if scores else {}
 
     def running(self, scores: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float]]:

@@ -139,9 +139,12 @@ def _components() -> list[Finding]:
 
     plugins = get_plugins()
     findings = []
+    findings.append(Finding("evaluators", "ok", f"{len(plugins.names('evaluator'))} tasks (llmkit eval --list)"))
     for kind in ("trainer", "engine", "evaluator", "server"):
         for component in plugins.all(kind):
             reason = component.unavailable()
+            if kind == "evaluator" and reason is None:
+                continue  # there are many
             found = component.summary() if reason is None else reason
             findings.append(Finding(f"{kind} {component.name}", "ok" if reason is None else "missing", found))
     findings += [
