@@ -132,20 +132,28 @@ static void pack_b(const Gemm *g, const Plan *p, const Workspace *ws) {
     }
 }
 
-// Asks for part `part` of `parts` of the source of a sliver, so that packing it later does not wait for memory. Without it
-// a fifth of the time went into these waits: where lanes are contiguous each k lies on another page, which no hardware
-// prefetcher follows.
-static void prefetch_sliver(const Gemm *g, const Plan *p, int64_t kb, int64_t s, int64_t part, int64_t parts) {
-    int64_t m = s * MR, mr = g->m - m < MR ? g->m - m : MR, width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
+// Packs the slivers [first, last) for block kb of K. Where lanes are contiguous, a few k at a time for all slivers: each k
+// lies on another page, and a page is then visited once instead of once a sliver.
+static void pack_block(const Gemm *g, const Plan *p, int64_t kb, int64_t first, int64_t last, float *slivers) {
+    int64_t k0 = kb * p->kc, kc = p->steps - k0 < p->kc ? p->steps - k0 : p->kc, width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
+    int64_t chunk = g->a.col_stride == 1 ? kc : 16;
+    for (int64_t k = 0; k < kc; k += chunk)
+        for (int64_t s = first; s < last; s++) {
+            int64_t m = s * MR, mr = g->m - m < MR ? g->m - m : MR;
+            gemm_pack(slivers + ((s - first) * KC + k) * MP, MP, mr, k0 + k, kc - k < chunk ? kc - k : chunk,
+                      (const char *)g->a.data + m * g->a.row_stride * width, g->a.row_stride, g->a.col_stride, g->k, g->a.dtype == LLMC_DTYPE_BF16, p->pairs);
+        }
+}
+
+// Asks for part `part` of `parts` of the source of a block, so that packing it later does not wait for memory.
+static void prefetch_block(const Gemm *g, const Plan *p, int64_t kb, int64_t first, int64_t last, int64_t part, int64_t parts) {
+    int64_t m0 = first * MR, m1 = last * MR < g->m ? last * MR : g->m, width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
     int64_t unit = p->pairs ? 2 : 1, k0 = kb * p->kc * unit, k1 = (kb + 1) * p->kc * unit < g->k ? (kb + 1) * p->kc * unit : g->k;
-    const char *base = (const char *)g->a.data;
-    int64_t rows = g->a.col_stride == 1 ? mr : k1 - k0, stride = (g->a.col_stride == 1 ? g->a.row_stride : g->a.col_stride) * width;
-    int64_t bytes = (g->a.col_stride == 1 ? k1 - k0 : mr) * width;
-    base += (m * g->a.row_stride + k0 * g->a.col_stride) * width;
-    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+    int64_t rows = g->a.col_stride == 1 ? m1 - m0 : k1 - k0, stride = (g->a.col_stride == 1 ? g->a.row_stride : g->a.col_stride) * width;
+    int64_t bytes = (g->a.col_stride == 1 ? k1 - k0 : m1 - m0) * width;
+    const char *base = (const char *)g->a.data + (m0 * g->a.row_stride + k0 * g->a.col_stride) * width;
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; r++)
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + r * stride + i, 0, 2);
-        __builtin_prefetch(base + r * stride + bytes - 1, 0, 2); // the line that an unaligned row ends on
-    }
 }
 
 // Asks for the lines of C that a tile will be written to, for writing.
@@ -158,29 +166,28 @@ static void prefetch_tile(const Gemm *g, int64_t m0, int64_t n0, int64_t mr, int
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + r * stride + i, 1);
 }
 
-static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t block, float *sliver) {
-    float *sums = sliver + MR * KC + VL; // (slivers of the block, panels, MR, NR)
+static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t block, float *slivers) {
     int64_t first = block * p->per_block, last = first + p->per_block < p->slivers ? first + p->per_block : p->slivers;
-    int64_t width = g->a.dtype == LLMC_DTYPE_BF16 ? 2 : 4;
+    float *sums = slivers + p->per_block * MP * KC; // (slivers of the block, panels, MR, NR)
     void (*multiply)(int, int64_t, const float *, int64_t, const float *, int64_t, float *, int64_t, int) = p->pairs ? gemm_tile_pairs : gemm_tile;
     for (int64_t kb = 0; kb < p->kblocks; kb++) {
-        int64_t k0 = kb * p->kc, kc = p->steps - k0 < p->kc ? p->steps - k0 : p->kc;
+        int64_t kc = p->steps - kb * p->kc < p->kc ? p->steps - kb * p->kc : p->kc;
         int final = kb == p->kblocks - 1;
+        pack_block(g, p, kb, first, last, slivers);
         for (int64_t s = first; s < last; s++) {
             int64_t m = s * MR, mr = g->m - m < MR ? g->m - m : MR;
-            gemm_pack(sliver, MR, mr, k0, kc, (const char *)g->a.data + m * g->a.row_stride * width, g->a.row_stride,
-                      g->a.col_stride, g->k, g->a.dtype == LLMC_DTYPE_BF16, p->pairs);
+            const float *sliver = slivers + (s - first) * MP * KC;
             for (int64_t panel = 0; panel < p->panels; panel++) {
-                float *tile = sums + ((s - first) * p->panels + panel) * MR * NR;
+                int64_t index = (s - first) * p->panels + panel;
+                float *tile = sums + index * MR * NR;
                 int64_t n = p->n0 + panel * NR, nr = p->n0 + p->nc - n < NR ? p->n0 + p->nc - n : NR;
-                if (final) prefetch_tile(g, m, n, mr, nr);
-                if (s + 1 < last) prefetch_sliver(g, p, kb, s + 1, panel, p->panels);
-                else if (!final) prefetch_sliver(g, p, kb + 1, first, panel, p->panels);
                 const float *packed = packed_panel(p, ws, kb, panel);
+                if (final) prefetch_tile(g, m, n, mr, nr);
+                else prefetch_block(g, p, kb + 1, first, last, index, (last - first) * p->panels);
                 if (p->direct && nr == NR) {
-                    multiply((int)mr, kc, sliver, MR, packed, NR, (float *)g->c.data + m * g->c.row_stride + n, g->c.row_stride, g->accumulate);
+                    multiply((int)mr, kc, sliver, MP, packed, NR, (float *)g->c.data + m * g->c.row_stride + n, g->c.row_stride, g->accumulate);
                 } else {
-                    multiply((int)mr, kc, sliver, MR, packed, NR, tile, NR, kb > 0);
+                    multiply((int)mr, kc, sliver, MP, packed, NR, tile, NR, kb > 0);
                     if (final) store_tile(g, tile, m, n, mr, nr);
                 }
             }
@@ -206,7 +213,7 @@ int gemm(const Gemm *g, Workspace *ws, llmc_error *err) {
     // As many blocks for each thread, so that they end together, each of at most SLIVERS slivers.
     int64_t blocks = ws->threads * ((p.slivers + ws->threads * SLIVERS - 1) / (ws->threads * SLIVERS));
     p.per_block = (p.slivers + blocks - 1) / blocks;
-    size_t own = ((size_t)MR * KC + VL + (size_t)p.per_block * (size_t)(nc / NR) * MR * NR) * sizeof(float);
+    size_t own = (size_t)p.per_block * ((size_t)MP * KC + (size_t)MR * (size_t)nc) * sizeof(float); // slivers, and their sums
     own = (own + 63) / 64 * 64;
     LLMC_TRY(workspace_reserve(ws, (size_t)p.steps * (size_t)nc * sizeof(float), own * (size_t)ws->threads, err));
     for (p.n0 = 0; p.n0 < g->n; p.n0 += nc) {

@@ -18,6 +18,7 @@
 #else
 #define MR 4
 #endif
+#define MP ((MR + VL - 1) / VL * VL) // rows from one step of a packed sliver to the next: whole, aligned vectors
 #define NRV 2
 #define NR (NRV * VL)
 _Static_assert(MR <= VL || MR % VL == 0, "packing transposes whole vectors of rows");

@@ -1,8 +1,8 @@
 // Defines: gemm_pack: copies a panel of a matrix into the order in which a micro-kernel reads it.
 //
-// A panel is `pitch` rows of A (or columns of B), called lanes, over all k: dest[step * pitch + lane]. A step is one k, or
-// two where bf16 pairs are multiplied. Lanes beyond `count` become 0. Where k is contiguous in the source, VL x VL
-// blocks are transposed in registers; where lanes are contiguous they are copied.
+// A panel is `pitch` rows of A (or columns of B), called lanes, over all k: dest[step * pitch + lane]. The pitch is a whole
+// number of vectors. A step is one k, or two where bf16 pairs are multiplied. Lanes beyond `count` become 0. Where k is
+// contiguous in the source, VL x VL blocks are transposed in registers; where lanes are contiguous they are copied.
 #ifndef LLMC_GEMM_PACK_H
 #define LLMC_GEMM_PACK_H
 
@@ -42,21 +42,19 @@ INLINE void pack_fixed(float *dest, const int pitch, int64_t count, int64_t step
         for (int64_t s = 0; s < steps; s++)
             for (int lane = 0; lane < pitch; lane += VL) {
                 int64_t have = count - lane < 0 ? 0 : count - lane < VL ? count - lane : VL;
-                int64_t room = pitch - lane < VL ? pitch - lane : VL;
-                vf v = pack_lanes(src + (int64_t)lane * width, k_bytes, step0 + s, k_total, have < room ? have : room, is_bf16, pairs);
-                vf_store_n(dest + s * pitch + lane, v, room);
+                vf_store(dest + s * pitch + lane, pack_lanes(src + (int64_t)lane * width, k_bytes, step0 + s, k_total, have, is_bf16, pairs));
             }
         return;
     }
     for (int64_t s = 0; s < steps; s += VL) {
         int64_t n = steps - s < VL ? steps - s : VL;
         for (int lane = 0; lane < pitch; lane += VL) {
-            int64_t have = count - lane < VL ? count - lane : VL, room = pitch - lane < VL ? pitch - lane : VL;
+            int64_t have = count - lane < VL ? count - lane : VL;
             vf block[VL];
             for (int i = 0; i < VL; i++)
                 block[i] = i < have ? pack_steps(src + (lane + i) * lane_bytes, step0 + s, k_total, n, is_bf16, pairs) : vf_set(0);
             vf_transpose(block);
-            for (int i = 0; i < n; i++) vf_store_n(dest + (s + i) * pitch + lane, block[i], room);
+            for (int i = 0; i < n; i++) vf_store(dest + (s + i) * pitch + lane, block[i]);
         }
     }
 }
