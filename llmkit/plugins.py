@@ -128,7 +128,8 @@ class Plugins:
         try:
             return self._items[kind][name]
         except KeyError:
-            raise UnknownComponent(f"unknown {kind} {name!r}: {nearest(name, self._items[kind])}") from None
+            word = {"trainer": "backend", "evaluator": "task"}.get(kind, kind)  # what the command line calls them
+            raise UnknownComponent(f"unknown {word} {name!r}: {nearest(name, self._items[kind])}") from None
 
     def trainer(self, name: str) -> type[Trainer]:
         found: type[Trainer] = self.find("trainer", name)

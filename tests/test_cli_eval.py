@@ -59,6 +59,33 @@ def test_results_and_samples_go_to_files(
     assert "results.samples.jsonl" in err
 
 
+def test_tasks_read_local_data_and_give_their_figures(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "arc/easy/test.jsonl": {
+            "question": "?",
+            "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "humaneval/HumanEval.jsonl": {
+            "task_id": "T/0",
+            "prompt": "def f():\n",
+            "entry_point": "f",
+            "canonical_solution": "    return 1\n",
+            "test": "def check(f):\n    assert f() == 1\n",
+        },
+    }
+    for name, row in rows.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    args = ["--tasks", "arc_easy,humaneval", "--data-dir", str(tmp_path), "--limit", "1", "--samples", "2"]
+    out, _ = evaluate(capsys, str(checkpoint.path), *args, "--unsafe-execute", "--temperature", "0.5", "--json")
+    results = json.loads(out)["results"]
+    assert set(results["arc_easy"]) == {"acc", "acc_norm", "n"} and results["arc_easy"]["n"] == 1
+    assert results["humaneval"] == {"pass@1": 0.0, "n": 1}  # a random model writes no function
+
+
 @pytest.mark.parametrize("args", [["--list"], ["--tasks", "list"]])
 def test_tasks_are_listed(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "Bits per byte" in evaluate(capsys, *args)[0]
@@ -71,10 +98,12 @@ def test_tasks_are_listed(args: list[str], capsys: pytest.CaptureFixture[str]) -
     [
         ([], "name the tasks with --tasks"),
         (["--tasks", ","], "name the tasks with --tasks"),
-        (["--tasks", "bpb,bpd"], "unknown evaluator 'bpd': did you mean bpb?"),
+        (["--tasks", "bpb,bpd"], "unknown task 'bpd': did you mean bpb?"),
         (["--tasks", "bpb", "--limit", "0"], "--limit"),
         (["--tasks", "bpb", "--engine", "transfomers"], "unknown engine 'transfomers': did you mean transformers?"),
         (["--tasks", "bpb", "--num-fewshot", "-1"], "--num-fewshot"),
+        (["--tasks", "helaswag"], "unknown task 'helaswag': did you mean hellaswag?"),
+        (["--tasks", "humaneval", "--samples", "0"], "--samples"),
     ],
 )
 def test_wrong_use_is_exit_code_2(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

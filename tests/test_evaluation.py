@@ -225,7 +225,7 @@ def test_running_metrics_cover_finished_documents(checkpoint: Checkpoint) -> Non
 
 
 def test_faults_are_one_sentence(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UnknownComponent, match="unknown evaluator 'choise': did you mean choice"):
+    with pytest.raises(UnknownComponent, match="unknown task 'choise': did you mean choice"):
         Evaluation(checkpoint, ["choise"])
     with pytest.raises(MissingRequirement, match="task 'needy' needs a_module_that_nobody_has: pip install"):
         Evaluation(checkpoint, ["needy"])

@@ -88,7 +88,7 @@ def test_of_two_plugins_with_one_name_the_later_is_left_out(module):
 
 def test_an_unknown_name_gives_the_nearest(module):
     plugins = Plugins([module("llmkit_good", GOOD)])
-    with pytest.raises(UnknownComponent, match="unknown evaluator 'god': did you mean good"):
+    with pytest.raises(UnknownComponent, match="unknown task 'god': did you mean good"):
         plugins.evaluator("god")
     with pytest.raises(UnknownComponent, match="there are none installed"):
         plugins.trainer("torch")

@@ -109,7 +109,7 @@ def test_ctrl_c_saves_and_exits_130(data, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--backend", "torhc"], 2, "unknown trainer 'torhc': did you mean torch?"),
+        (["--backend", "torhc"], 2, "unknown backend 'torhc': did you mean torch?"),
         (["--depth", "0"], 2, "--depth"),
         (["--dtype", "fp8"], 2, "fp8"),
         (["--no-such-flag"], 2, "No such option"),
