@@ -29,7 +29,8 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> t
 
 
 def test_json_is_one_object(checkpoint: Checkpoint, data: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = evaluate(capsys, str(checkpoint.path), "--tasks", "bpb", "--data", data, "--json")
+    args = ["--tasks", "bpb", "--data", data, "--engine", "transformers", "--json"]
+    out, _ = evaluate(capsys, str(checkpoint.path), *args)
     results = json.loads(out)
     assert set(results["results"]["bpb"]) == {"bpb", "bpb_stderr", "n"}
     assert results["results"]["bpb"]["n"] == 6

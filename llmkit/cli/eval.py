@@ -29,6 +29,11 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="K", help="Examples in front of each question.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Local data of the tasks.")
 @click.option("--data", metavar="PATH", help="Text file, data folder or named source for `bpb`.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Answers to a problem of `humaneval`, for pass@k."
+)
+@click.option("--temperature", type=click.FloatRange(min=0.01), metavar="T", help="Of several samples.  [default: 0.8]")
+@click.option("--unsafe-execute", is_flag=True, help="Run generated code even where no sandbox works.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results here, samples beside it.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
 @click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded.")
@@ -51,6 +56,9 @@ def command(
     num_fewshot: int | None,
     data_dir: Path | None,
     data: str | None,
+    samples: int | None,
+    temperature: float | None,
+    unsafe_execute: bool,
     out: Path | None,
     dtype: str | None,
     quantize: str | None,
@@ -79,6 +87,12 @@ def command(
     from llmkit.evaluation import Evaluation
     from llmkit.files import write_json
 
+    options = {
+        "data": data,
+        "samples": samples,
+        "temperature": temperature,
+        "unsafe_execute": "yes" if unsafe_execute else None,
+    }
     evaluation = Evaluation(
         Checkpoint.open(checkpoint),
         names,
@@ -86,13 +100,13 @@ def command(
         num_fewshot=num_fewshot,
         data_dir=data_dir,
         seed=seed,
-        options={} if data is None else {"data": data},
+        options={name: str(value) for name, value in options.items() if value is not None},
     )
     with (
-        _samples_file(out) as samples,
+        _samples_file(out) as file,
         open_engine(evaluation.checkpoint, engine, dtype=dtype, device=device, quantize=quantize) as opened,
     ):
-        _run(evaluation, opened, samples)
+        _run(evaluation, opened, file)
     results = evaluation.results()
     if out is not None:
         write_json(out, results)
