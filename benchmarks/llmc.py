@@ -158,7 +158,7 @@ def products(dtype: str, threads: int, rounds: int) -> float:
         numbers = rng.standard_normal(shape, np.float32)
         return (numbers.view(np.uint32) >> 16).astype(np.uint16) if kind is np.uint16 else numbers
 
-    fractions = []
+    peak, rates = 0.0, []
     for n, outputs, inputs in PRODUCTS:
         x, w, y, dw = (
             values(n, inputs),
@@ -174,18 +174,17 @@ def products(dtype: str, threads: int, rounds: int) -> float:
         ]
         for call in calls:
             kernels.gemm(*call)
-        rates, peaks = [], []
+        rate = 0.0
         for _ in range(3 * rounds):
-            peaks.append(library.llmc_machine_peak(threads, DTYPES[dtype], ctypes.c_double(0.01)))
+            peak = max(peak, library.llmc_machine_peak(threads, DTYPES[dtype], ctypes.c_double(0.01)))
             began = time.perf_counter()
             for call in calls:
                 kernels.gemm(*call)
-            rates.append(3 * 2 * n * outputs * inputs / (time.perf_counter() - began))
-        rate, peak = max(rates) / 1e9, max(peaks) / 1e9
-        fractions.append(rate / peak)
-        say(f"{dtype} product {n} x {outputs} x {inputs}: {rate:.0f} GFLOP/s of {peak:.0f}")
+            rate = max(rate, 3 * 2 * n * outputs * inputs / (time.perf_counter() - began))
+        rates.append(rate)
+        say(f"{dtype} product {n} x {outputs} x {inputs}: {rate / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f}")
     kernels.close()
-    return statistics.mean(fractions)
+    return statistics.mean(rates) / peak
 
 
 def compile_seconds() -> float:

@@ -36,6 +36,9 @@ INLINE vf vf_load_n(const float *p, int64_t n) {
 INLINE void vf_store_n(float *p, vf v, int64_t n) { memcpy(p, &v, (size_t)n * 4); }
 #endif
 
+// How many values of the vector at `at` lie before `end`.
+INLINE int64_t vf_left(int64_t end, int64_t at) { return end - at < 0 ? 0 : end - at < VL ? end - at : VL; }
+
 INLINE vf vf_select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
