@@ -72,11 +72,11 @@ def harness(
 
 
 def ours(
-    task: str, checkpoint: Checkpoint, data: Path, shots: int | None, dtype: str
+    task: str, checkpoint: Checkpoint, data: Path, shots: int | None, dtype: str, engine: str
 ) -> tuple[dict[int, Sample], dict[str, Any]]:
     evaluation = Evaluation(checkpoint, [task], data_dir=data, num_fewshot=shots)
-    with open_engine(checkpoint, "transformers", dtype=dtype, device="cpu") as engine:
-        samples = {sample.index: sample for sample in evaluation.run(engine)}
+    with open_engine(checkpoint, engine, dtype=dtype, device="cpu") as opened:
+        samples = {sample.index: sample for sample in evaluation.run(opened)}
     return samples, evaluation.results()["results"][task]
 
 
@@ -96,9 +96,10 @@ def compare_choices(
     dtype: str = "fp32",
     tolerance: float = 2e-3,
     sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None,
+    engine: str = "transformers",
 ) -> None:
     theirs = harness(task, checkpoint, data, shots, dtype, sampler)
-    samples, figures = ours(task, checkpoint, data, shots, dtype)
+    samples, figures = ours(task, checkpoint, data, shots, dtype, engine)
     assert len(theirs["samples"][task]) == len(samples) == figures["n"]
     tied = set()
     for reference in theirs["samples"][task]:
@@ -121,13 +122,15 @@ def compare_choices(
             assert figures[f"{metric}_stderr"] == pytest.approx(theirs["results"][task][f"{metric}_stderr,none"])
 
 
-def compare_answers(task: str, checkpoint: Checkpoint, data: Path, *, shots: int) -> list[str]:
+def compare_answers(
+    task: str, checkpoint: Checkpoint, data: Path, *, shots: int, engine: str = "transformers"
+) -> list[str]:
     def sampler(document: Mapping[str, Any]) -> list[Any]:
         rows = [row for _, row in json_lines(data / "gsm8k" / "train.jsonl")]
         return draw(rows, shots, 1234, document["question"], [document])
 
     theirs = harness(task, checkpoint, data, shots, "fp32", sampler if task == "gsm8k" else None)
-    samples, figures = ours(task, checkpoint, data, shots, "fp32")
+    samples, figures = ours(task, checkpoint, data, shots, "fp32", engine)
     strict = [sample for sample in theirs["samples"][task] if sample["filter"] == "strict-match"]
     assert len(strict) == len(samples)
     for reference in strict:
@@ -168,6 +171,12 @@ def data(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", ["hellaswag", "arc_easy", "arc_challenge"])
 def test_choices_are_the_harness_s(task: str, stories: Checkpoint, data: Path) -> None:
     compare_choices(task, stories, data)
+
+
+def test_the_embedded_engine_gives_the_same(stories: Checkpoint, data: Path) -> None:
+    compare_choices("arc_easy", stories, data, engine="llmkit")
+    compare_choices("mmlu_anatomy", stories, data, shots=5, engine="llmkit")
+    compare_answers("gsm8k", stories, data, shots=1, engine="llmkit")
 
 
 def test_examples_stand_where_the_harness_puts_them(stories: Checkpoint, data: Path) -> None:
