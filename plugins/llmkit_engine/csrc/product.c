@@ -1,8 +1,8 @@
 // Defines: lk_product: out (rows, n) = input (rows, k) W^T, for packed weights and the input that lk_prologue packed.
 //
 // One kernel serves decoding and prefill: it keeps a tile of rows x outputs in registers over all of k, reading weights as a
-// stream and broadcasting inputs. Each weight is read from memory once for all rows of a step: a thread takes a few panels
-// and runs all blocks of rows over them while they are in its cache. Each sum runs over k in order, in one register, so
+// stream and broadcasting inputs. Each weight is read from memory once for all rows of a step: a thread runs
+// all blocks of rows over a panel while it is in its cache. Each sum runs over k in order, in one register, so
 // it is the same for any number of rows. With few rows, several panels at once keep enough sums in flight.
 #include <stdatomic.h>
 
@@ -13,6 +13,7 @@
 #include "engine.h"
 
 #define PANELS 4 // most panels in one tile
+#define AHEAD 4096 // bytes before its use that a stream of weights is asked for; 1024 to 8192 were tried
 
 INLINE vf vf_load_int8(const int8_t *p) {
 #if VL == 16 // what GCC 12 makes of the portable form takes ten times as long
@@ -29,7 +30,7 @@ INLINE vf vf_load_int8(const int8_t *p) {
 
 // c (mr, np * NR) = sum over k of x (k, mr) * w (np panels, k, NR)
 INLINE void tile(const int mr, const int np, const int kind, int64_t k, const float *restrict x, const char *restrict w, int64_t stride,
-                 float *restrict c) {
+                 int64_t ahead, float *restrict c) {
     vf acc[TILE * NRV > PANELS * NRV ? TILE * NRV : PANELS * NRV];
     const int width = np * NRV;
 #define LK_EACH(i, j) _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
@@ -42,7 +43,7 @@ INLINE void tile(const int mr, const int np, const int kind, int64_t k, const fl
             _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) {
                 const char *p = w + (j / NRV) * stride + (j % NRV) * VL * 4;
                 memcpy(&raw[j], p, sizeof raw[j]);
-                __builtin_prefetch(p + 2048);
+                __builtin_prefetch(p + ahead);
                 even[j] = (vf)(raw[j] << 16);
             }
             _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
@@ -64,7 +65,7 @@ INLINE void tile(const int mr, const int np, const int kind, int64_t k, const fl
             _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) {
                 const char *p = w + (j / NRV) * stride + (j % NRV) * VL * size;
                 row[j] = kind == LK_INT8 ? vf_load_int8((const int8_t *)p) : vf_load((const float *)p);
-                if (j % NRV == 0) __builtin_prefetch(p + 2048);
+                if (kind != LK_INT8 || j % NRV == 0) __builtin_prefetch(p + ahead);
             }
             _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
                 vf v = vf_set(x[i]);
@@ -76,7 +77,7 @@ INLINE void tile(const int mr, const int np, const int kind, int64_t k, const fl
     LK_EACH(i, j) vf_store(c + (i * width + j) * VL, acc[i * width + j]);
 }
 
-#define LK_CASE(mr, np) case (mr) * 8 + (np): tile(mr, np, LK_KIND, k, x, w, stride, c); return;
+#define LK_CASE(mr, np) case (mr) * 8 + (np): tile(mr, np, LK_KIND, k, x, w, stride, ahead, c); return;
 #if TILE == 12
 #define LK_TALL LK_CASE(4, 1) LK_CASE(5, 1) LK_CASE(6, 1) LK_CASE(7, 1) LK_CASE(8, 1) LK_CASE(9, 1) LK_CASE(10, 1) LK_CASE(11, 1) LK_CASE(12, 1)
 #elif TILE == 10
@@ -92,13 +93,13 @@ INLINE void tile(const int mr, const int np, const int kind, int64_t k, const fl
     }
 
 #define LK_KIND LK_F32
-static void tile_f32(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+static void tile_f32(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
 #undef LK_KIND
 #define LK_KIND LK_BF16
-static void tile_bf16(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+static void tile_bf16(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
 #undef LK_KIND
 #define LK_KIND LK_INT8
-static void tile_int8(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, float *c) { LK_TILES }
+static void tile_int8(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
 #undef LK_KIND
 
 // Panels that one tile of `rows` rows takes.
@@ -118,12 +119,12 @@ static void finish(const Packed *w, const float *sums, int64_t rows, int64_t n0,
 }
 
 // The next panels for this thread: [*from, return value). Shares shrink towards the end, so that threads end together.
-static int64_t take(_Atomic int64_t *next, int64_t total, int64_t most, int threads, int64_t *from) {
+static int64_t take(_Atomic int64_t *next, int64_t total, int threads, int64_t *from) {
     int64_t at = atomic_load_explicit(next, memory_order_relaxed), want;
     do {
         if (at >= total) return *from = total;
         want = (total - at) / (2 * threads);
-        want = want < 1 ? 1 : want > most ? most : want;
+        want = want < 1 ? 1 : want;
     } while (!atomic_compare_exchange_weak_explicit(next, &at, at + want, memory_order_relaxed, memory_order_relaxed));
     *from = at;
     return at + want;
@@ -134,25 +135,20 @@ void lk_product(Run *r, const Packed *w, int64_t rows, float *out, int64_t ld, i
     int64_t k = pad_k(w->k), panels = ceil_div(w->n, NR), blocks = tile_blocks(rows);
     int64_t stride = k * NR * (w->kind == LK_INT8 ? 1 : w->kind == LK_BF16 ? 2 : 4);
     float sums[(TILE > PANELS ? TILE : PANELS) * NR * 2] __attribute__((aligned(64)));
-    int64_t from, to;
-    while ((to = take(&r->next[counter], panels, PANELS, r->threads, &from)) > from)
-        for (int64_t p = from; p < to;) {
-            int64_t step = to - p;
+    int64_t from, to, most = panels_at_once(ceil_div(rows, blocks));
+    while ((to = take(&r->next[counter], panels, r->threads, &from)) > from)
+        for (int64_t p = from, np; p < to; p += np) {
+            np = to - p < most ? to - p : most;
             for (int64_t b = 0; b < blocks; b++) {
                 int64_t m0 = tile_first(rows, b), mr = tile_first(rows, b + 1) - m0;
-                int64_t most = panels_at_once(ceil_div(rows, blocks));
-                int64_t np = step < most ? step : most;
                 const float *x = r->packed + m0 * k;
-                for (int64_t q = p; q < p + step; q += np) {
-                    int64_t here = p + step - q < np ? p + step - q : np;
-                    if (mr > 1 && here > 2) here = 2;
-                    const char *data = (const char *)w->data + q * stride;
-                    if (w->kind == LK_BF16) tile_bf16((int)mr, (int)here, k, x, data, stride, sums);
-                    else if (w->kind == LK_INT8) tile_int8((int)mr, (int)here, k, x, data, stride, sums);
-                    else tile_f32((int)mr, (int)here, k, x, data, stride, sums);
-                    finish(w, sums, mr, q * NR, here * NR, out + m0 * ld, ld, accumulate);
-                }
+                const char *data = (const char *)w->data + p * stride;
+                // The first block waits for memory; the second, while it computes, asks for the panels after these.
+                int64_t ahead = b == 1 ? np * stride : AHEAD;
+                if (w->kind == LK_BF16) tile_bf16((int)mr, (int)np, k, x, data, stride, ahead, sums);
+                else if (w->kind == LK_INT8) tile_int8((int)mr, (int)np, k, x, data, stride, ahead, sums);
+                else tile_f32((int)mr, (int)np, k, x, data, stride, ahead, sums);
+                finish(w, sums, mr, p * NR, np * NR, out + m0 * ld, ld, accumulate);
             }
-            p += step;
         }
 }
