@@ -130,9 +130,11 @@ def test_scoring_and_generating_share_a_full_cache(checkpoint: Checkpoint, alone
     scores = [ScoreRequest(i, p, (5, 6)) for i, p in enumerate(prompts(VOCAB, 9, seed=1, shortest=40, longest=60))]
     with EmbeddedEngine.open(checkpoint, cache_bytes=6 * block_bytes(alone), step_tokens=16) as engine:
         chunks, results = engine.generate(generations), engine.score(scores)
-        got = [next(chunks), next(results), next(chunks), next(results)]
-        found = tokens_of([*got[::2], *chunks])  # type: ignore[list-item]
-        scored = {result.id: result for result in [*got[1::2], *results]}  # type: ignore[union-attr]
+        first, scored_first = [next(chunks)], [next(results)]
+        first.append(next(chunks))
+        scored_first.append(next(results))
+        found = tokens_of([*first, *chunks])
+        scored = {result.id: result for result in [*scored_first, *results]}
         assert used(engine) == 0
     assert found == tokens_of(alone.generate(generations))
     assert scored == {result.id: result for result in alone.score(scores)}
@@ -150,7 +152,8 @@ def test_a_shared_prefix_is_computed_once(checkpoint: Checkpoint) -> None:
 def test_mmlu_shaped_scores_compute_each_unique_token_once(test_data: Path) -> None:
     """Subjects with five shared shots, questions with four one-token answers; the unique tokens are counted apart."""
     rng = random.Random(0)
-    requests, tokens = [], set()
+    requests: list[ScoreRequest] = []
+    tokens: set[tuple[int, ...]] = set()
     for _ in range(3):
         shots = tuple(rng.randrange(3, 500) for _ in range(300))
         for _ in range(20):
@@ -179,7 +182,7 @@ def test_results_stream(checkpoint: Checkpoint) -> None:
         while finished < 20:
             finished += next(stream).finish_reason is not None
         assert read <= 20 + 2 * 4 + 1
-        stream.close()
+        stream.close()  # type: ignore[attr-defined]
         assert used(engine) == 0 and not engine.scheduler.busy
 
 
@@ -321,7 +324,7 @@ def test_asyncio_streams_run_together_and_leaving_one_cancels_it(checkpoint: Che
         with EmbeddedEngine.open(checkpoint) as engine, AsyncEngine(engine) as streams:
             stream = streams.stream(GenerateRequest(99, (5, 6), Sampling(max_tokens=80, ignore_eos=True)))
             await anext(stream)
-            await stream.aclose()
+            await stream.aclose()  # type: ignore[attr-defined]
             parts = await asyncio.gather(*(streams.generate(request) for request in requests))
             assert tokens_of(chunk for part in parts for chunk in part) == tokens_of(alone.generate(requests))
             while engine.scheduler.busy:
