@@ -15,7 +15,7 @@ static inline int parallel_threads(void) { return omp_get_num_threads(); }
 static inline int parallel_default(void) { return omp_get_max_threads(); }
 #define parallel_barrier() LLMC_PRAGMA(omp barrier)
 #else
-#define LLMC_PARALLEL(threads)
+#define LLMC_PARALLEL(threads) (void)(threads);
 static inline int parallel_thread(void) { return 0; }
 static inline int parallel_threads(void) { return 1; }
 static inline int parallel_default(void) { return 1; }
