@@ -1,7 +1,8 @@
 """What the trainer `torch` costs beyond the same model in a bare PyTorch loop: the ratio of their times per step.
 
 Both run in turn in one process, step by step, on batches of the same shape: machines drift, and only what is measured
-side by side compares. The trainer's step is everything that a user pays for: loading, schedule, event, metrics.jsonl, main.log.
+side by side compares. The trainer's step is everything that a user pays for: loading, schedule, event, metrics.jsonl,
+main.log.
 
     python benchmarks/trainer_overhead.py [--json] [--steps N]
 """
