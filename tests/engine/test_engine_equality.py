@@ -29,18 +29,28 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def assert_equal(checkpoint: Checkpoint, *, count: int = 20, longest: int = 30, tolerance: float = 1e-4) -> None:
-    """Greedy tokens and log-likelihoods of both engines are equal."""
+def assert_equal(
+    checkpoint: Checkpoint,
+    *,
+    count: int = 20,
+    longest: int = 30,
+    tolerance: float = 1e-4,
+    texts: list[tuple[int, ...]] | None = None,
+) -> None:
+    """Greedy tokens and log-likelihoods of both engines are equal, for random prompts or for texts."""
     with (
         EmbeddedEngine.open(checkpoint, dtype="fp32") as engine,
         TransformersEngine.open(checkpoint, dtype="fp32", device="cpu") as oracle,
     ):
-        given = prompts(engine.vocab_size, count, longest=longest)
+        given = texts or prompts(engine.vocab_size, count, longest=longest)
         requests = [GenerateRequest(i, prompt, GREEDY) for i, prompt in enumerate(given)]
         found, expected = tokens_of(engine.generate(requests)), tokens_of(oracle.generate(requests))
         assert_same_greedy(engine, oracle, found, expected, given)
         scores = [ScoreRequest(i, prompt, tuple(expected[i])) for i, prompt in enumerate(given)]
-        scores += [ScoreRequest(count + i, prompt, given[i - 1]) for i, prompt in enumerate(given)]
+        if texts:
+            scores += [ScoreRequest(count + i, text[:5], text[5:]) for i, text in enumerate(texts)]
+        else:
+            scores += [ScoreRequest(count + i, prompt, given[i - 1]) for i, prompt in enumerate(given)]
         ours = {result.id: result for result in engine.score(scores)}
         for theirs in oracle.score(scores):
             assert ours[theirs.id].logprobs == pytest.approx(theirs.logprobs, abs=tolerance)
@@ -55,11 +65,13 @@ def test_gpt2_gives_transformers_tokens_for_100_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_gives_transformers_tokens_for_100_prompts() -> None:
+def test_smollm2_gives_transformers_tokens_for_100_prompts(test_data: Path) -> None:
     folder = os.environ.get("LLMKIT_SMOLLM2")
     if not folder:
         pytest.skip("set LLMKIT_SMOLLM2 to a SmolLM2-135M-Instruct checkpoint")
-    assert_equal(Checkpoint.open(folder), count=100)
+    checkpoint = Checkpoint.open(folder)
+    ids = checkpoint.tokenizer.encode((test_data / "text" / "wikitext2" / "valid.txt").read_text("utf-8")[:20_000])
+    assert_equal(checkpoint, count=100, texts=[tuple(ids[at : at + 20]) for at in range(0, 2000, 20)])
 
 
 ROPES: list[dict[str, Any]] = [
