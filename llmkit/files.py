@@ -68,6 +68,8 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for name in names:
                 sync(Path(folder, name))
             sync(Path(folder))
+        if path.exists() and not replace:
+            raise FileExistsError(f"{path} was made by another process in the meantime")
         if path.exists():
             old = path.with_name(f"{TEMPORARY}{os.getpid()}-old-{path.name}")
             os.rename(path, old)

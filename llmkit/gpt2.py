@@ -30,8 +30,7 @@ DEPTHS = {
     48: (1600, 25),
     60: (1920, 30),
     72: (2880, 30),
-    84: (3456, 48),
-    96: (4096, 64),
+    84: (3456, 36),
 }
 #: name -> depth
 SIZES = {"gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
@@ -135,7 +134,7 @@ def shape_of_size(size: str) -> tuple[int, int, int]:
     )
 
 
-#: width -> (depth, width, heads) of Table 2.1 of the GPT-3 paper (Brown et al. 2020), and llm.c's two small ones
+#: width -> (depth, width, heads) of Table 2.1 of the GPT-3 paper (Brown et al. 2020), and llm.c's small ones
 GPT3 = {
     384: (6, 384, 6),
     768: (12, 768, 12),
@@ -144,7 +143,6 @@ GPT3 = {
     2048: (24, 2048, 16),
     2560: (32, 2560, 32),
     4096: (32, 4096, 32),
-    5140: (40, 5140, 40),
     12288: (96, 12288, 96),
 }
 

@@ -89,7 +89,8 @@ class Twister:
 
     def stored(self) -> bytes:
         """As a state file keeps it, 2520 bytes: seed, outputs left + 1, next output, state, constants."""
-        _, key, position, *_ = self._state.get_state(legacy=True)
+        state: Any = self._state.get_state(legacy=True)
+        _, key, position, *_ = state
         left, following = (625 - position, position) if self._drawn else (1, 0)
         head = np.array([0], "<u8").tobytes() + np.array([left, following], "<i4").tobytes()
         return head + np.asarray(key, "<u4").tobytes() + np.array(RNG_MATRIX, "<u4").tobytes()

@@ -20,7 +20,7 @@ from llmkit_llmc.library import AdamW, Library, LlmcError, Model, Options, Shape
 from llmkit_llmc.state import Comm, Outliers, State, state_path
 
 SHAPE = GPT2Config(vocab=300, context=24, depth=2, heads=2, width=16)
-SIZES = {"V": 300, "T": 24, "C": 16, "L": 2, "NH": 2}
+SIZES: dict[str, Any] = {"V": 300, "T": 24, "C": 16, "L": 2, "NH": 2}
 
 
 def read_and_write(library: Library, source: Path, target: Path, dtype: int) -> None:

@@ -1,5 +1,8 @@
 """The whole model against this project's PyTorch model: loss, gradients, loss curve, initialisation; determinism."""
 
+# mypy: disable-error-code="no-untyped-call,union-attr,operator"
+# (PyTorch calls `backward` untyped and `grad` optional.)
+
 from __future__ import annotations
 
 from typing import Any
