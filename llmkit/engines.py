@@ -28,11 +28,15 @@ def open_engine(
     """Load `checkpoint` in the engine `name`; None takes the default for its architecture.
 
     `dtype` is fp32 or bf16 (None: the checkpoint's), `device` as in PyTorch (None: the best), `quantize` one of the
-    engine's `quantizations`. A model that the default engine turns out not to run goes to GENERAL, with a line on
-    stderr. Raises UnknownComponent with the nearest names, MissingRequirement with the pip line, and ValueError or
-    CheckpointError from the engine.
+    engine's `quantizations`. A model that the default engine does not know, or turns out not to run, goes to GENERAL,
+    with a line on stderr. Raises UnknownComponent with the nearest names, MissingRequirement with the pip line, and
+    ValueError or CheckpointError from the engine.
     """
     engine = default_engine(checkpoint.architecture, device) if name is None else get_plugins().engine(name)
+    if name is None and engine.name == GENERAL and not _known(checkpoint.architecture):
+        print(
+            f"llmkit: engine {GENERAL!r} runs {checkpoint.architecture}, which no other engine knows", file=sys.stderr
+        )
     require(engine.requires, f"engine {engine.name!r}")
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     if quantize is not None:
@@ -64,6 +68,12 @@ def default_engine(architecture: str, device: str | None = None) -> type[Engine]
         if architecture in engine.architectures and engine.unavailable() is None:
             return engine
     return general
+
+
+def _known(architecture: str) -> bool:
+    """Does an engine announce it; or is there none but GENERAL, so that nothing is worth saying?"""
+    announced = [engine.architectures for engine in get_plugins().all("engine") if engine.architectures]
+    return not announced or any(architecture in names for names in announced)
 
 
 def _has_gpu() -> bool:

@@ -387,3 +387,23 @@ def test_the_checkpoint_folder_is_only_read(broken: Path, tmp_path: Path) -> Non
     with TransformersEngine.open(Checkpoint.open(other)) as engine:
         list(engine.generate([GenerateRequest(0, (1,), GREEDY)]))
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_an_architecture_that_no_other_engine_knows_comes_here_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    from llmkit.engines import open_engine
+
+    config = transformers.OPTConfig(
+        vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+    tiny_checkpoint(tmp_path / "tiny").tokenizer.save(tmp_path)
+    with open_engine(Checkpoint.open(tmp_path)) as engine:
+        assert engine.name == "transformers"
+    assert "'transformers' runs OPTForCausalLM, which no other engine knows" in capsys.readouterr().err
+    with open_engine(tiny_checkpoint(tmp_path / "known"), "transformers"):
+        assert capsys.readouterr().err == ""
