@@ -29,7 +29,7 @@ OPTIONS = {
     "checkpoint_every": 100,
     "keep_last": 2,
 }
-PROMPTS = ("The ", "def ", "class ")
+PROMPTS = ("The", "def", "class")  # no space behind: a word's token begins with its space
 EVAL_DOCUMENTS = 8
 
 

@@ -108,7 +108,7 @@ def test_quickstart_goes_through_the_chain_and_goes_on_where_it_was(run_cli, tmp
     outcome = json.loads(first.stdout)
     assert outcome["val_bpb"] < outcome["untrained_bpb"]
     assert outcome["results"]["bpb"]["n"] == 2
-    assert [sample["prompt"] for sample in outcome["samples"]] == ["The ", "def ", "class "]
+    assert [sample["prompt"] for sample in outcome["samples"]] == ["The", "def", "class"]
     report = Path(outcome["report"]).read_text("utf-8")
     assert "untrained" in report and "![" in report and "## Evaluation" in report
     assert (tmp_path / "q" / "loss.png").is_file()

@@ -78,7 +78,7 @@ def command(out: Path, backend: str | None, as_json: bool) -> None:
         f"(untrained: {outcome['untrained_bpb']:.3f}; lower is better)\n"
         f"report: {report}\n\n"
         "next:\n"
-        f"  llmkit generate {stages.run} --prompt 'def '\n"
+        f"  llmkit generate {stages.run} --prompt def\n"
         f"  llmkit eval {stages.run} --tasks bpb\n"
         f"  llmkit data prepare YOUR_TEXT --out data\n"
         f"  llmkit train --backend {name} --data data --depth 6\n"

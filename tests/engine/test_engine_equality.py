@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,8 @@ def test_gpt2_gives_transformers_tokens_for_100_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_gives_transformers_tokens_for_100_prompts(test_data: Path) -> None:
-    folder = os.environ.get("LLMKIT_SMOLLM2")
-    if not folder:
-        pytest.skip("set LLMKIT_SMOLLM2 to a SmolLM2-135M-Instruct checkpoint")
-    checkpoint = Checkpoint.open(folder)
+def test_smollm2_gives_transformers_tokens_for_100_prompts(test_data: Path, smollm2_path: Path) -> None:
+    checkpoint = Checkpoint.open(smollm2_path)
     ids = checkpoint.tokenizer.encode((test_data / "text" / "wikitext2" / "valid.txt").read_text("utf-8")[:20_000])
     assert_equal(checkpoint, count=100, texts=[tuple(ids[at : at + 20]) for at in range(0, 2000, 20)])
 
