@@ -22,7 +22,7 @@ from llmkit.checkpoint import Checkpoint, remember_run
 from llmkit.component import require
 from llmkit.data.tokens import TokenData, ValidationBatches
 from llmkit.run import Run
-from llmkit.trainer import Event, Finished, Note, Saved, Started, Step, TrainConfig, Trainer, TrainJob, Validation
+from llmkit.trainer import Event, Finished, Saved, Started, Step, TrainConfig, Trainer, TrainJob, Validation
 from llmkit.trainer import Sample as SampleEvent
 from llmkit.weights import Array
 
@@ -109,9 +109,7 @@ def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, An
     require(trainer.requires, f"trainer {trainer.name!r}")
     start = Checkpoint.open(run.path)
     if start.trainer_state is None:
-        raise ValueError(
-            f"{start.path} has no {'trainer_state'} to resume from; begin a new run with --from {start.path}"
-        )
+        raise ValueError(f"{start.path} has no trainer_state to resume from; begin a new run with --from {start.path}")
     fields = {field.name for field in dataclasses.fields(trainer.Config)}
     config = trainer.Config(**{name: value for name, value in saved["config"].items() if name in fields})
     for name, value in given.items():
@@ -140,7 +138,7 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
     raises.
     """
     plan.run.acquire()
-    with contextlib.closing(plan.run), _stop_on_signal(show) as stop:
+    with contextlib.closing(plan.run), _stop_on_signal() as stop:
         recorder = _Recorder(plan, show)
         plan.run.begin(recorder.description, step=recorder.first_step)
         job = TrainJob(
@@ -284,7 +282,7 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _stop_on_signal(show: Callable[[Progress], None]) -> Iterator[threading.Event]:
+def _stop_on_signal() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -304,6 +302,3 @@ def _stop_on_signal(show: Callable[[Progress], None]) -> Iterator[threading.Even
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-__all__ = ["Diverged", "Interrupted", "Note", "Plan", "Progress", "Summary", "plan", "train"]
