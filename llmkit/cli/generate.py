@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
 
 import click
 
 from llmkit.cli import ui
+from llmkit.cli.sampling import engine_flags, read_sampling, sampling_flags
 
 if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
     from llmkit.generation import TextGenerator, TextRequest
-
-TEMPERATURE = 0.8  # plain sampling from a small model wanders; this stays lively
 
 
 @click.command("generate")
@@ -23,16 +21,7 @@ TEMPERATURE = 0.8  # plain sampling from a small model wanders; this stays livel
 @click.option("--prompt", required=True, metavar="TEXT", help="Text to continue; `-` reads standard input.")
 @click.option("--chat", is_flag=True, help="Give the prompt as a user's message, by the model's chat template.")
 @click.option("--system", metavar="TEXT", help="System message in front, with --chat.")
-@click.option("--greedy", is_flag=True, help="Take the likeliest token each time.")
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="X", help=f"[default: {TEMPERATURE}]")
-@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Sample from the N likeliest tokens.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    metavar="X",
-    help="Sample from the likeliest tokens that hold X of the probability.",
-)
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Makes sampling repeatable.")
+@sampling_flags
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
@@ -50,10 +39,7 @@ TEMPERATURE = 0.8  # plain sampling from a small model wanders; this stays livel
     help="Continue the prompt N times, with the seeds --seed, --seed + 1, …",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option("--engine", metavar="NAME", help="[default: the one for the model's architecture]")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]")
+@engine_flags
 @ui.json_option
 def command(
     checkpoint: str | None,
@@ -75,9 +61,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Continue a prompt with CHECKPOINT, by default the newest of the latest training run."""
-    sampled = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
-    if greedy and (given := [flag for flag, value in sampled.items() if value is not None]):
-        raise click.UsageError(f"--greedy does not sample, so it cannot be combined with {given[0]}")
+    sampling = read_sampling(
+        greedy=greedy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
+    )
     if greedy and num_samples > 1:
         raise click.UsageError("--greedy gives the same text each time, so it cannot be combined with --num-samples")
     if system is not None and not chat:
@@ -86,20 +72,12 @@ def command(
         raise click.UsageError("--stop needs a text that is not empty")
 
     from llmkit.checkpoint import Checkpoint
-    from llmkit.engine import Sampling
     from llmkit.engines import open_engine
     from llmkit.generation import TextGenerator, TextRequest
 
     text = _read_prompt(prompt)
     opened = Checkpoint.open(checkpoint)
     ids = _encode(opened, text, chat=chat, system=system)
-    sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=0.0 if greedy else TEMPERATURE if temperature is None else temperature,
-        top_k=top_k or 0,
-        top_p=top_p or 1.0,
-        seed=seed,
-    )
     request = TextRequest(0, tuple(ids), sampling, stop=stop, n=num_samples)
     with open_engine(opened, engine, dtype=dtype, device=device, quantize=quantize) as running:
         if len(ids) >= running.context_length:
@@ -171,8 +149,6 @@ def _generate(generator: TextGenerator, request: TextRequest, *, show: bool) -> 
 
 
 def _show(text: str) -> None:
-    """Text on stdout as it comes; on a terminal without control characters, which could change its settings."""
-    if sys.stdout.isatty():
-        text = "".join(char for char in text if char in "\n\t" or category(char) != "Cc")
-    sys.stdout.write(text)
+    """Text on stdout as it comes; on a terminal without control characters."""
+    sys.stdout.write(ui.printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

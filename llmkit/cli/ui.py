@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import click
 
@@ -104,6 +105,11 @@ def _plain_progress(description: str, total: float | None, initial: float) -> Ca
         note(f"{description}{eta}{': ' + status if status else ''}")
 
     return update
+
+
+def printable(text: str) -> str:
+    """A model's text without the control characters, which could change a terminal's settings."""
+    return "".join(char for char in text if char in "\n\t" or category(char) != "Cc")
 
 
 def duration(seconds: float) -> str:
