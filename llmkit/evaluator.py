@@ -17,9 +17,33 @@ from llmkit.component import Component
 
 if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
+    from llmkit.eval_chat import Chat
     from llmkit.tokenizer import Tokenizer
 
 Document = Mapping[str, Any]
+
+
+class Prompt(str):
+    """A prompt that knows its parts: plain text by itself, and for a chat model what its conversation is made of.
+
+    As text it is the description, each example with a space and its answer and an empty line, and the question.
+
+    Attributes:
+        question: what is asked.
+        shots: (question, answer) of each example.
+        description: what stands in front of everything.
+    """
+
+    question: str
+    shots: tuple[tuple[str, str], ...]
+    description: str
+
+    def __new__(cls, question: str, shots: Iterable[tuple[str, str]] = (), description: str = "") -> Prompt:
+        shots = tuple(shots)
+        examples = "".join(f"{asked} {answer}\n\n" for asked, answer in shots)
+        prompt = super().__new__(cls, description + examples + question)
+        prompt.question, prompt.shots, prompt.description = question, shots, description
+        return prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +51,8 @@ class LogLikelihood:
     """Ask for ln p(continuation | context). Answer: Likelihood.
 
     An empty context becomes the tokenizer's begin or end-of-text token; trailing spaces of the context count as part
-    of the continuation, as in lm-eval. A context that is too long loses its left end.
+    of the continuation, as in lm-eval. A context that is too long loses its left end. Where the model is asked in its
+    chat format, the continuation loses the space in front.
     """
 
     context: str
@@ -80,6 +105,7 @@ class EvalContext:
     num_fewshot: int | None = None  # None: the task's default
     seed: int = 1234
     options: Mapping[str, str] = field(default_factory=dict)
+    chat: Chat | None = None  # the format of a chat model; the runner applies it to the prompts of every task
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +146,13 @@ class Evaluator(Component, ABC):
         version: raised whenever prompts, data or scoring change; it is part of the results.
         higher_is_better: metric -> direction, for reports.
         num_fewshot: how many examples stand before the question where the user does not say.
+        scores_in_threads: `score` waits for other programs, so it is called in threads while the model goes on.
     """
 
     version: ClassVar[str] = "1"
     higher_is_better: ClassVar[Mapping[str, bool]] = {}
     num_fewshot: ClassVar[int] = 0
+    scores_in_threads: ClassVar[bool] = False
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
@@ -136,7 +164,11 @@ class Evaluator(Component, ABC):
 
     @abstractmethod
     def requests(self, document: Document) -> list[Request]:
-        """What to ask about a document; prompts depend on the document alone, not on its neighbours."""
+        """What to ask about a document; prompts depend on the document alone, not on its neighbours.
+
+        A `Prompt` tells examples and question apart, which `--fewshot-as-turns` needs; any other string is one message
+        to a chat model.
+        """
 
     @abstractmethod
     def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:

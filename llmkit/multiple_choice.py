@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from llmkit.evaldata import Row, TaskData, draw
-from llmkit.evaluator import Answer, Document, Evaluator, Likelihood, LogLikelihood, Request
+from llmkit.evaluator import Answer, Document, Evaluator, Likelihood, LogLikelihood, Prompt, Request
 
 
 class MultipleChoice(Evaluator):
@@ -56,8 +56,8 @@ class MultipleChoice(Evaluator):
         return ""
 
     def requests(self, document: Document) -> list[Request]:
-        shots = [f"{shot['query']} {shot['choices'][shot['gold']]}\n\n" for shot in self.examples(document)]
-        context = self.description(document) + "".join(shots) + document["query"]
+        shots = [(shot["query"], shot["choices"][shot["gold"]]) for shot in self.examples(document)]
+        context = Prompt(document["query"], shots, self.description(document))
         return [LogLikelihood(context, f" {choice}") for choice in document["choices"]]
 
     def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:

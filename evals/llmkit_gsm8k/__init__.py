@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from llmkit import hookimpl
 from llmkit.evaldata import Row, TaskData, draw, get
-from llmkit.evaluator import Answer, Document, Evaluator, Generate, Request
+from llmkit.evaluator import Answer, Document, Evaluator, Generate, Prompt, Request
 from llmkit_gsm8k.examples import EXAMPLES
 
 NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -43,8 +43,9 @@ class Gsm8k(Evaluator):
         return draw(self.pool, self.shots, self.context.seed, document["question"], [document]) if self.shots else []
 
     def requests(self, document: Document) -> list[Request]:
-        shots = [f"{self.question.format(shot['question'])} {shot['answer']}\n\n" for shot in self.examples(document)]
-        return [Generate("".join(shots) + self.question.format(document["question"]), self.stop, max_tokens=256)]
+        shots = [(self.question.format(shot["question"]), shot["answer"]) for shot in self.examples(document)]
+        prompt = Prompt(self.question.format(document["question"]), shots)
+        return [Generate(prompt, self.stop, max_tokens=256)]
 
     def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:
         """exact_match: the number in the form that the examples show; exact_match_flexible: the last number."""

@@ -32,6 +32,7 @@ class HumanEval(Evaluator):
     version = "1.0"
     higher_is_better: ClassVar[Mapping[str, bool]] = {f"pass@{k}": True for k in KS}
     data = TaskData("humaneval/HumanEval.jsonl", "openai/openai_humaneval")
+    scores_in_threads = True
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
