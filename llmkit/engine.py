@@ -79,6 +79,7 @@ class Sampling:
     min_tokens: int = 0
     seed: int | None = None  # None: a fresh one for each request
     logprobs: int | None = None  # report the log-probability of each token, and this many alternatives
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
 
     def __post_init__(self) -> None:
         checks = {
@@ -90,6 +91,7 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty > 0,
             "min_tokens": 0 <= self.min_tokens <= self.max_tokens,
             "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
             "logit_bias": min(self.logit_bias, default=0) >= 0,
             "stop_token_ids": min(self.stop_token_ids, default=0) >= 0,
         }
@@ -119,6 +121,9 @@ class Chunk:
     The token that ended it (an end token or one of `stop_token_ids`) is not among the tokens. Where log-probabilities
     are asked for, `logprobs[i]` is ln p of tokens[i] under the model, before any penalty, temperature or filter, and
     `top_logprobs[i]` the likeliest tokens, as many as were asked for, likeliest first; else both are empty.
+
+    The first chunk of a request with `Sampling.prompt_logprobs` has those of its prompt: `prompt_logprobs[i]` is
+    ln p(prompt[i + 1] | prompt[: i + 1]), so there is one value fewer than there are tokens.
     """
 
     id: int
@@ -126,6 +131,8 @@ class Chunk:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[Mapping[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[Mapping[int, float], ...] = ()
 
 
 class Engine(Component, ABC):
@@ -142,6 +149,7 @@ class Engine(Component, ABC):
 
     architectures: ClassVar[tuple[str, ...]] = ()  # class names in config.json that it runs; empty: it must be asked
     can_constrain: ClassVar[bool] = False  # whether it heeds GenerateRequest.constraint
+    gives_prompt_logprobs: ClassVar[bool] = False  # whether it heeds Sampling.prompt_logprobs
     quantizations: ClassVar[tuple[str, ...]] = ()  # what its `open` takes as `quantize`
     vocab_size: int
     context_length: int
@@ -192,6 +200,8 @@ class Engine(Component, ABC):
             what, first, ids, limit = "prompt", request.prompt, request.prompt, -1
             if request.constraint is not None and not self.can_constrain:
                 raise ValueError(f"{label}: engine {self.name!r} cannot generate under a constraint")
+            if request.sampling.prompt_logprobs is not None and not self.gives_prompt_logprobs:
+                raise ValueError(f"{label}: prompt_logprobs: engine {self.name!r} does not report them")
             for name in ("logit_bias", "stop_token_ids"):
                 if (bad := max(getattr(request.sampling, name), default=0)) >= self.vocab_size:
                     raise ValueError(f"{label}: {name} has id {bad}, outside the vocabulary of {self.vocab_size}")

@@ -22,7 +22,8 @@ _engine_ids = itertools.count()  # one sequence for the process, so that generat
 class TextRequest:
     """Ask for `n` continuations of `prompt` (token ids), each cut before the first of the `stop` strings in it.
 
-    With `sampling.seed` s, the samples have the seeds s, s + 1, …, so that each can be had again alone.
+    With `sampling.seed` s, the samples have the seeds s, s + 1, …, so that each can be had again alone. The
+    log-probabilities of the prompt, where `sampling` asks for them, come with the first sample only.
     """
 
     id: int
@@ -173,7 +174,10 @@ class TextGenerator:
                     Detokenizer(self.tokenizer, request.prompt),
                     StopStrings(request.stop),
                 )
-                yield GenerateRequest(engine_id, request.prompt, replace(request.sampling, seed=base + index))
+                sampling = replace(request.sampling, seed=base + index)
+                if index:
+                    sampling = replace(sampling, prompt_logprobs=None)
+                yield GenerateRequest(engine_id, request.prompt, sampling)
 
     @staticmethod
     def _piece(sample: _Sample, chunk: Chunk) -> TextPiece:

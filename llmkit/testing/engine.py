@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,34 @@ class EngineContract:
         assert logprobs == pytest.approx(_score(engine, (1, 2, 3), tokens).logprobs, abs=self.tolerance)
         chunks = list(engine.generate([GenerateRequest(0, (1, 2, 3), GREEDY)]))
         assert all(not chunk.logprobs and not chunk.top_logprobs for chunk in chunks)
+
+    def test_logprobs_of_the_prompt_come_with_the_first_chunk_and_are_those_of_score(self, engine: Engine) -> None:
+        prompt = (5, 1, 2, 3, 8, 9, 4)
+        asked = replace(GREEDY, prompt_logprobs=3)
+        requests = [
+            GenerateRequest(0, prompt, asked),
+            GenerateRequest(1, (4,), asked),
+            GenerateRequest(2, prompt, GREEDY),
+        ]
+        if not engine.gives_prompt_logprobs:
+            with pytest.raises(ValueError, match="request 0: prompt_logprobs"):
+                list(engine.generate(requests))
+            return
+        chunks: dict[int, list[Chunk]] = defaultdict(list)
+        for chunk in engine.generate(requests):
+            chunks[chunk.id].append(chunk)
+        first = chunks[0][0]
+        assert first.prompt_logprobs == pytest.approx(
+            _score(engine, prompt[:1], prompt[1:]).logprobs, abs=self.tolerance
+        )
+        assert len(first.prompt_top_logprobs) == len(prompt) - 1
+        for index, likeliest in enumerate(first.prompt_top_logprobs):
+            assert len(likeliest) == 3 and sorted(likeliest.values(), reverse=True) == list(likeliest.values())
+            top = next(iter(likeliest))
+            scored = _score(engine, prompt[: index + 1], (top,))
+            assert scored.is_greedy and likeliest[top] == pytest.approx(scored.logprob, abs=self.tolerance)
+        for chunk in (*chunks[0][1:], *chunks[1], *chunks[2]):
+            assert not chunk.prompt_logprobs and not chunk.prompt_top_logprobs
 
     def test_an_abandoned_generation_leaves_its_id_free(self, engine: Engine) -> None:
         abandoned = engine.generate([GenerateRequest(0, (1, 2, 3), GREEDY)])

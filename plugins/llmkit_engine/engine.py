@@ -38,6 +38,7 @@ class EmbeddedEngine(Engine):
     requires: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[tuple[str, ...]] = tuple(architectures())
     can_constrain: ClassVar[bool] = True
+    gives_prompt_logprobs: ClassVar[bool] = True
     quantizations: ClassVar[tuple[str, ...]] = ("int8",)
 
     def __init__(

@@ -122,7 +122,20 @@ def choose(runner: Runner, logits: Floats, samplers: Sequence[Sampler]) -> list[
 def logprobs_of(runner: Runner, logits: Floats, token: int, wanted: int) -> tuple[float, dict[int, float]]:
     """ln p of a token under one row of logits, (V,), and the `wanted` likeliest ids with theirs, likeliest first."""
     lse = runner.statistics(logits[None])[0][0]
+    return float(logits[token] - lse), _likeliest(logits, float(lse), wanted)
+
+
+def prompt_logprobs(
+    runner: Runner, logits: Floats, tokens: Sequence[int], wanted: int
+) -> list[tuple[float, dict[int, float]]]:
+    """`logprobs_of` for each row of logits, (R, V), with its token."""
+    lse = runner.statistics(logits)[0]
+    given = (logits[np.arange(len(tokens)), list(tokens)] - lse).tolist()
+    return [(p, _likeliest(row, float(z), wanted)) for p, row, z in zip(given, logits, lse)]
+
+
+def _likeliest(logits: Floats, lse: float, wanted: int) -> dict[int, float]:
     count = min(wanted, len(logits))
     best = np.argpartition(-logits, count - 1)[:count] if 0 < count < len(logits) else np.arange(count)
     best = best[np.lexsort((best, -logits[best]))]
-    return float(logits[token] - lse), {int(i): float(logits[i] - lse) for i in best}
+    return {int(i): float(logits[i] - np.float32(lse)) for i in best}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmkit.engine import Chunk, FinishReason, GenerateRequest
 from llmkit_engine.cache import ROOT, Blocks
 from llmkit_engine.library import KV_BLOCK
-from llmkit_engine.runner import Run, Runner
-from llmkit_engine.sampler import Choice, Sampler, choose
+from llmkit_engine.runner import Floats, Run, Runner
+from llmkit_engine.sampler import Choice, Sampler, choose, prompt_logprobs
 
 Sink = Callable[[Chunk | ValueError], None]  # takes a request's chunks; an error is its last
 
@@ -31,10 +31,24 @@ class Generation:
     computed: int = 0  # of them in the cache
     blocks: list[int] = field(default_factory=list)
     serials: list[int] = field(default_factory=list)  # of the published blocks
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # so far, until handed out
+    reported: int = 0  # tokens at the front whose logits are not wanted
 
     @property
     def left(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def known(self) -> int:
+        """How many of the tokens nothing is to be learnt from any more, so that they may come out of the cache."""
+        return min(self.reported, len(self.tokens) - 1)
+
+    def wanted(self, count: int) -> list[int]:
+        """Which of the next `count` tokens need logits."""
+        end = min(self.computed + count, len(self.request.prompt) - 1)
+        return [at - self.computed for at in range(max(self.reported, self.computed), end)] + [count - 1] * (
+            count == self.left
+        )
 
 
 class Scheduler:
@@ -74,6 +88,8 @@ class Scheduler:
             raise ValueError(f"request {request.id}: id is that of a request in flight")
         sampler = Sampler(request, eos_ids=self._eos_ids, room=self.context - len(request.prompt))
         generation = Generation(request, sampler, sink, list(request.prompt))
+        if request.sampling.prompt_logprobs is None:
+            generation.reported = self.context
         self._by_id[request.id] = generation
         self._waiting.append(generation)
 
@@ -97,56 +113,62 @@ class Scheduler:
         plan = self._plan()
         if not plan:
             return
-        runs = [
-            Run(g.tokens[g.computed : g.computed + n], g.computed, g.blocks, (n - 1,) if n == g.left else ())
-            for g, n in plan
-        ]
+        runs = [Run(g.tokens[g.computed : g.computed + n], g.computed, g.blocks, g.wanted(n)) for g, n in plan]
         logits = self.runner.forward(runs)
         ready: list[Generation] = []
-        for generation, count in plan:
+        rows: list[int] = []  # of logits, the last of each that is ready
+        row = 0
+        for run, (generation, count) in zip(runs, plan):
+            row += len(run.wanted)
             generation.computed += count
             self.computed_tokens += count
             self._publish(generation)
             if generation.left == 0:
                 ready.append(generation)
+                rows.append(row - 1)
+            if prompt := len(run.wanted) - (generation.left == 0):
+                first = row - len(run.wanted)
+                self._report(generation, logits[first : first + prompt])
         if ready:
-            for generation, choice in zip(ready, choose(self.runner, logits, [g.sampler for g in ready])):
+            last = logits if len(rows) == row else logits[rows]
+            for generation, choice in zip(ready, choose(self.runner, last, [g.sampler for g in ready])):
                 self._hand_out(generation, choice)
 
     # --- planning
 
     def _plan(self) -> list[tuple[Generation, int]]:
         """Who runs how many tokens in this step, decoding requests first; they have the blocks for it."""
-        budget = self.runner.max_tokens
+        budget, rows = self.runner.max_tokens, self.runner.max_rows
         plan: dict[Generation, int] = {}
         for generation in sorted(self._running, key=lambda g: g.left > 1):
             if budget == 0:
                 break
             if generation not in self._running:  # gave way to one before it
                 continue
-            count = min(generation.left, budget)
-            if self._reserve(generation, count, plan):
+            count = _fitting(generation, budget, rows)
+            if count and self._reserve(generation, count, plan):
                 plan[generation] = count
                 budget -= count
-        while budget and self._waiting and len(self._running) < self.max_running:
+                rows -= len(generation.wanted(count))
+        while budget and rows and self._waiting and len(self._running) < self.max_running:
             generation = self._waiting[0]
             if not self._admit(generation):
                 break
             self._waiting.popleft()
             self._running.append(generation)
-            count = min(generation.left, budget)
+            count = _fitting(generation, budget, rows)
             taken = self._reserve(generation, count, plan, may_preempt=False)
             assert taken, "admitted without the blocks for it"
             plan[generation] = count
             budget -= count
+            rows -= len(generation.wanted(count))
         return list(plan.items())
 
     def _admit(self, generation: Generation) -> bool:
         """Give a waiting request the cached blocks of its prefix, if there is room for the rest of it too."""
         if self._will_share(generation):
             return False
-        # The last token is always computed: its logits are wanted.
-        generation.blocks = self.blocks.match(generation.tokens[: len(generation.tokens) - 1])
+        generation.blocks = self.blocks.match(generation.tokens[: generation.known])
         needed = -(-len(generation.tokens) // KV_BLOCK) - len(generation.blocks)
         if needed > self.blocks.available and not self._running:
             self.reclaim()
@@ -161,12 +183,12 @@ class Scheduler:
 
     def _will_share(self, generation: Generation) -> bool:
         """Whether a prompt in progress is about to compute blocks that this request wants too."""
-        tokens = generation.tokens
+        tokens, known = generation.tokens, generation.known
         for other in self._running:
             if other.left <= 1:
                 continue
             first = other.computed // KV_BLOCK * KV_BLOCK + KV_BLOCK  # end of the next block that it completes
-            if first <= min(len(other.tokens), len(tokens) - 1) and tokens[:first] == other.tokens[:first]:
+            if first <= min(len(other.tokens), known) and tokens[:first] == other.tokens[:first]:
                 return True
         return False
 
@@ -215,6 +237,17 @@ class Scheduler:
             tokens = generation.tokens[at * KV_BLOCK : (at + 1) * KV_BLOCK]
             generation.serials.append(self.blocks.publish(generation.blocks[at], after, tokens))
 
+    def _report(self, generation: Generation, logits: Floats) -> None:
+        """Note the log-probabilities of the next tokens of a prompt, from their rows of logits, (R, V)."""
+        prompt, wanted = generation.request.prompt, generation.request.sampling.prompt_logprobs
+        assert wanted is not None
+        first = generation.reported
+        generation.reported += len(logits)
+        targets = prompt[first + 1 : generation.reported + 1]
+        generation.prompt_logprobs += prompt_logprobs(self.runner, logits, targets, wanted)
+        if generation.reported == len(prompt) - 1:
+            generation.reported = self.context
+
     def _hand_out(self, generation: Generation, choice: Choice | ValueError) -> None:
         request_id = generation.request.id
         if isinstance(choice, ValueError):
@@ -222,6 +255,10 @@ class Scheduler:
             return
         reason = generation.sampler.accept(choice.id)
         chunk = _chunk(request_id, choice, reason)
+        if generation.prompt_logprobs:
+            given, alternatives = zip(*generation.prompt_logprobs)
+            chunk = replace(chunk, prompt_logprobs=given, prompt_top_logprobs=alternatives)
+            generation.prompt_logprobs = []
         if reason is not None:
             self._finish(generation, chunk)
             return
@@ -243,6 +280,13 @@ class Scheduler:
     def _free(self, generation: Generation) -> None:
         self.blocks.release(generation.blocks)
         generation.blocks, generation.serials, generation.computed = [], [], 0
+
+
+def _fitting(generation: Generation, tokens: int, rows: int) -> int:
+    """How many of the next tokens fit into a step that has room for so many tokens and rows of logits."""
+    count = min(generation.left, tokens)
+    wanted = generation.wanted(count)
+    return wanted[rows] if len(wanted) > rows else count
 
 
 def _chunk(request_id: int, choice: Choice, reason: FinishReason | None) -> Chunk:

@@ -8,16 +8,16 @@ positions that a request asks about.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from llmkit.engine import Chunk, Engine, GenerateRequest, ScoreRequest, ScoreResult
+from llmkit.engine import Chunk, Engine, FinishReason, GenerateRequest, ScoreRequest, ScoreResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmkit.checkpoint import Checkpoint
-    from llmkit.sampling import Sampler
+    from llmkit.sampling import Choice, Sampler
 
 POOL_TOKENS = 2**18  # read ahead: enough to sort by length, small beside any model
 BATCH_TOKENS = 2**13  # tokens of a forward pass, padding included
@@ -27,6 +27,7 @@ CACHE_BYTES = 2**29  # keys and values of a batch that generates
 BATCH_ROWS = 64  # requests that generate together
 UNBOUNDED_CONTEXT = 2048  # for architectures without a limit (ALiBi): what lm-eval takes for them too
 
+PromptLogprobs = tuple[tuple[float, ...], tuple[Mapping[int, float], ...]]  # as in Chunk
 R = TypeVar("R", ScoreRequest, GenerateRequest)
 
 
@@ -35,6 +36,7 @@ class TransformersEngine(Engine):
 
     name: ClassVar[str] = "transformers"
     requires: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    gives_prompt_logprobs: ClassVar[bool] = True
 
     def __init__(self, model: Any, *, context_length: int, eos_ids: frozenset[int], dtype: str) -> None:
         """Wrap a loaded PreTrainedModel in evaluation mode."""
@@ -166,6 +168,7 @@ class TransformersEngine(Engine):
         if not rows:
             return
         running = {request_id for request_id, _ in rows}
+        prompts = {r.id: self._prompt_logprobs(r) for r in batch if r.id in running}
         ids, mask = self._padded([request.prompt for request in batch if request.id in running], left=True)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T), 0 at the padding
         cache: Any = None
@@ -180,7 +183,7 @@ class TransformersEngine(Engine):
                     yield Chunk(request_id, (), finish_reason="cancelled")
                     continue
                 reason = sampler.accept(choice.id)
-                yield _chunk(request_id, choice, reason)
+                yield _chunk(request_id, choice, reason, prompts.pop(request_id, None))
                 if reason is None:
                     going.append(row)
             for row in [row for row in going if rows[row][0] in self._cancelled]:
@@ -196,6 +199,26 @@ class TransformersEngine(Engine):
             mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
             positions = positions[:, -1:] + 1
             rows = [rows[row] for row in going]
+
+    def _prompt_logprobs(self, request: GenerateRequest) -> PromptLogprobs | None:
+        """What `Sampling.prompt_logprobs` asks for, by a forward pass of its own."""
+        import torch
+
+        wanted = request.sampling.prompt_logprobs
+        if wanted is None or len(request.prompt) == 1:
+            return None
+        given: list[float] = []
+        alternatives: list[Mapping[int, float]] = []
+        ids, mask = self._padded([request.prompt[:-1]], left=False)
+        targets = torch.tensor(request.prompt[1:], device=self.device).unsqueeze(1)  # (T - 1, 1)
+        with torch.inference_mode():
+            logits = self._forward(ids, mask, keep=torch.arange(ids.shape[1], device=self.device)).logits[0]
+            for start in range(0, len(targets), SLICE):  # fp32 copies stay small, however long the prompt
+                logprobs = logits[start : start + SLICE].float().log_softmax(-1)  # (n, V)
+                given += logprobs.gather(1, targets[start : start + SLICE]).squeeze(1).tolist()
+                best = logprobs.topk(min(wanted, self.vocab_size))
+                alternatives += [dict(zip(*pair)) for pair in zip(best.indices.tolist(), best.values.tolist())]
+        return tuple(given), tuple(alternatives)
 
     def _sampler(self, request: GenerateRequest) -> Sampler:
         from llmkit.sampling import Sampler
@@ -262,12 +285,13 @@ def _positions(fed: Sequence[int], asking: Iterable[ScoreRequest]) -> set[int]:
     return set(range(first, len(fed)))
 
 
-def _chunk(request_id: int, choice: Any, reason: Any) -> Chunk:
+def _chunk(request_id: int, choice: Choice, reason: FinishReason | None, prompt: PromptLogprobs | None) -> Chunk:
+    before = prompt or ((), ())
     if reason == "stop":
-        return Chunk(request_id, (), finish_reason="stop")
-    if choice.logprob is None:
-        return Chunk(request_id, (choice.id,), finish_reason=reason)
-    return Chunk(request_id, (choice.id,), (choice.logprob,), (choice.top_logprobs,), reason)
+        return Chunk(request_id, (), (), (), "stop", *before)
+    if choice.logprob is None or choice.top_logprobs is None:
+        return Chunk(request_id, (choice.id,), (), (), reason, *before)
+    return Chunk(request_id, (choice.id,), (choice.logprob,), (choice.top_logprobs,), reason, *before)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:

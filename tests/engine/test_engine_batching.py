@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from llmkit.checkpoint import Checkpoint
 from llmkit.engine import GenerateRequest, Sampling, ScoreRequest
+from llmkit.generation import TextGenerator, TextRequest
 from llmkit.testing.tiny import tiny_checkpoint
 from llmkit_engine.aio import AsyncEngine
 from llmkit_engine.engine import EmbeddedEngine
@@ -78,8 +80,9 @@ def test_generations_are_the_same_bits_in_any_company(
 ) -> None:
     """Chunked prompts, cache hits, pre-emption (few blocks), neighbours and threads; log-probabilities bit for bit."""
     options: dict[str, Any] = {"step_tokens": step_tokens, "max_running": max_running, "threads": threads}
-    sampling = [GREEDY, Sampling(max_tokens=20, seed=seed, top_p=0.9, logprobs=2, ignore_eos=True)]
-    requests = [GenerateRequest(i, prompt_of(p), sampling[i % 2]) for i, p in enumerate(parts)]
+    sampled = Sampling(max_tokens=20, seed=seed, top_p=0.9, logprobs=2, ignore_eos=True)
+    sampling = [GREEDY, sampled, replace(sampled, prompt_logprobs=1)]
+    requests = [GenerateRequest(i, prompt_of(p), sampling[i % 3]) for i, p in enumerate(parts)]
     with EmbeddedEngine.open(checkpoint, cache_bytes=blocks * block_bytes(alone), **options) as engine:
         assert engine.scheduler.runner.cache.nbytes <= blocks * block_bytes(alone)
         chunks = list(engine.generate(requests))
@@ -147,6 +150,34 @@ def test_a_shared_prefix_is_computed_once(checkpoint: Checkpoint) -> None:
         assert engine.scheduler.computed_tokens == 64 + 20
         list(engine.generate([GenerateRequest(0, (*stem, 99), Sampling(max_tokens=1, seed=1))]))
         assert engine.scheduler.computed_tokens == 64 + 20 + 1
+
+
+def test_samples_of_one_prompt_share_its_blocks(checkpoint: Checkpoint) -> None:
+    prompt = prompts(VOCAB, 1, shortest=70, longest=70)[0]
+    sampling = Sampling(max_tokens=2, seed=1, ignore_eos=True, prompt_logprobs=0)
+    with EmbeddedEngine.open(checkpoint) as engine:
+        pieces = TextGenerator(engine, checkpoint.tokenizer).stream([TextRequest(0, prompt, sampling, n=8)])
+        first = next(pieces)
+        while len(first.chunk.prompt_logprobs) == 0:
+            first = next(pieces)
+        assert first.sample == 0 and len(first.chunk.prompt_logprobs) == 69
+        assert all(not piece.chunk.prompt_logprobs for piece in pieces)
+        # 64 tokens fill blocks; each sample computes the 6 that follow, and one token to go on from.
+        assert engine.scheduler.computed_tokens == 64 + 8 * 7
+
+
+def test_rows_of_logits_bound_a_step_with_prompt_logprobs(test_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt longer than a step's rows, beside requests that decode."""
+    monkeypatch.setattr("llmkit_engine.engine.STEP_ROWS", 16)
+    checkpoint = Checkpoint.open(test_data / "models" / "stories260k-hf")
+    long = prompts(500, 1, shortest=120, longest=120)[0]
+    asked = replace(GREEDY, prompt_logprobs=0)
+    with EmbeddedEngine.open(checkpoint) as engine:
+        requests = [GenerateRequest(i, (5, i + 3), GREEDY) for i in range(10)] + [GenerateRequest(10, long, asked)]
+        chunks = list(engine.generate(requests))
+        assert tokens_of(chunks) == {r.id: tokens_of(engine.generate([r]))[r.id] for r in requests}
+        given = next(chunk.prompt_logprobs for chunk in chunks if chunk.id == 10)
+        assert given == next(engine.score([ScoreRequest(0, long[:1], long[1:])])).logprobs
 
 
 def test_mmlu_shaped_scores_compute_each_unique_token_once(test_data: Path) -> None:
@@ -309,6 +340,7 @@ def test_two_requests_in_flight_cannot_share_an_id(checkpoint: Checkpoint) -> No
         {"min_p": 2},
         {"min_tokens": 200},
         {"logprobs": -1},
+        {"prompt_logprobs": -1},
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
