@@ -1,10 +1,10 @@
-"""Server: serves one or more checkpoints until it is told to stop."""
+"""Server: serves one or several checkpoints until it is told to stop."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,14 +24,21 @@ class ServerOptions:
 
 
 class Server(Component, ABC):
-    """Serves a checkpoint over a network or a terminal."""
+    """Serves checkpoints over a network.
+
+    Attributes:
+        takes_arguments: whether it has a use for `arguments`.
+        arguments: what stands behind `--` on the command line, for a program that the server runs.
+    """
 
     Options: ClassVar[type[ServerOptions]] = ServerOptions
+    takes_arguments: ClassVar[bool] = False
+    arguments: tuple[str, ...] = ()
 
     @abstractmethod
     def serve(
         self,
-        checkpoint: Checkpoint,
+        checkpoints: Mapping[str, Checkpoint],
         options: ServerOptions,
         *,
         ready: Callable[[str], None],
@@ -39,5 +46,8 @@ class Server(Component, ABC):
     ) -> None:
         """Serve until `stop` is set; return when all is closed.
 
-        Calls `ready(url)` once, when requests are answered. Raises OSError where the address cannot be had.
+        `checkpoints`, at least one, are by the names that clients ask for; the first is meant where none is named. The
+        same object under several names is one model with aliases, to be loaded once. Calls `ready(url)` once, when
+        requests are answered. Raises OSError where the address cannot be had, and ValueError where it cannot serve
+        what it is given, such as several models at once.
         """

@@ -42,7 +42,7 @@ class ServerContract:
 
         def serve() -> None:
             try:
-                server().serve(checkpoint, server.Options(port=0), ready=announce, stop=stop)
+                server().serve({"tiny": checkpoint}, server.Options(port=0), ready=announce, stop=stop)
             except BaseException as error:  # shown by the test, which runs in another thread
                 errors.append(error)
                 ready.set()
@@ -77,4 +77,4 @@ class ServerContract:
             taken.listen()
             options = server.Options(port=taken.getsockname()[1])
             with pytest.raises(OSError):
-                server().serve(checkpoint, options, ready=lambda url: None, stop=threading.Event())
+                server().serve({"tiny": checkpoint}, options, ready=lambda url: None, stop=threading.Event())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -29,7 +29,7 @@ class Example(Server):
 
     def serve(
         self,
-        checkpoint: Checkpoint,
+        checkpoints: Mapping[str, Checkpoint],
         options: ExampleOptions,
         *,
         ready: Callable[[str], None],
@@ -37,6 +37,9 @@ class Example(Server):
     ) -> None:
         from llmkit.engines import open_engine
 
+        name, checkpoint = next(iter(checkpoints.items()))
+        if any(other is not checkpoint for other in checkpoints.values()):
+            raise ValueError(f"server {self.name!r} serves one checkpoint at a time: give it {name} alone")
         one_at_a_time = threading.Lock()
         sampling = Sampling(max_tokens=options.max_tokens)
 
