@@ -6,6 +6,7 @@
 - A text as a whole is cut into disjoint windows; the first is predicted from the begin or end-of-text token, and the
   last takes all the context that fits.
 - What is too long loses its left end.
+- A rendered conversation has its special tokens in its text; the begin token is added unless it begins with it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from llmkit.engine import Engine, Sampling, ScoreRequest, ScoreResult
-from llmkit.evaluator import Answer, Document, Generate, Likelihood, LogLikelihood, Request
+from llmkit.engine import Engine, Sampling, ScoreRequest
+from llmkit.eval_cache import AnswerCache, Ids, score_key, text_key
+from llmkit.eval_chat import Conversation
+from llmkit.evaluator import (
+    Answer,
+    Document,
+    Generate,
+    Likelihood,
+    LogLikelihood,
+    Request,
+    RollingLogLikelihood,
+    TokenLogLikelihood,
+)
 from llmkit.generation import TextRequest, complete
 from llmkit.tokenizer import Tokenizer
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +51,42 @@ class Encoder:
         if prefix is None:
             raise ValueError("the model's tokenizer has neither a begin nor an end-of-text token to begin a text with")
         self.tokenizer, self.context_length, self.prefix = tokenizer, context_length, prefix
-        self._last: tuple[str, Ids] = ("", (prefix,))  # the choices of a question share their context
+        self._begin = next((text for text, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None)
+        self._last: tuple[str, bool, Ids] = ("", False, ())  # the choices of a question share their context
 
-    def pair(self, request: LogLikelihood) -> Pair:
+    def pair(self, request: LogLikelihood | TokenLogLikelihood) -> Pair:
         """Raises ValueError where the continuation has no tokens."""
+        if isinstance(request, TokenLogLikelihood):
+            return self._fitted(request.context, request.continuation)
+        chat = isinstance(request.context, Conversation)
         text = request.context.rstrip()
         continuation = request.context[len(text) :] + request.continuation
-        context = self._context(text)
+        context = self._context(text, chat)
         if text:
-            ids = tuple(self.tokenizer.encode_prompt(text + continuation))[len(context) :]
+            ids = self._encode(text + continuation, chat)[len(context) :]
         else:
             ids = tuple(self.tokenizer.encode(continuation))
         if not ids:
             raise ValueError(f"the continuation {continuation!r} has no tokens")
-        whole = (context + ids)[-(self.context_length + 1) :]
-        kept = min(len(ids), self.context_length)
-        return Pair(whole[:-kept], whole[-kept:], len(whole) < len(context) + len(ids))
+        return self._fitted(context, ids)
 
-    def _context(self, text: str) -> Ids:
-        if text and self._last[0] != text:
-            self._last = (text, tuple(self.tokenizer.encode_prompt(text)))
-        return self._last[1] if text else (self.prefix,)
+    def _fitted(self, context: Ids, continuation: Ids) -> Pair:
+        """What fits the model, from the right."""
+        whole = (context + continuation)[-(self.context_length + 1) :]
+        kept = min(len(continuation), self.context_length)
+        return Pair(whole[:-kept], whole[-kept:], len(whole) < len(context) + len(continuation))
+
+    def _context(self, text: str, chat: bool) -> Ids:
+        if not text:
+            return (self.prefix,)
+        if self._last[:2] != (text, chat):
+            self._last = (text, chat, self._encode(text, chat))
+        return self._last[2]
+
+    def _encode(self, text: str, chat: bool) -> Ids:
+        if chat and self._begin is not None and text.startswith(self._begin):
+            return tuple(self.tokenizer.encode(text, allow_special=True))
+        return tuple(self.tokenizer.encode_prompt(text, allow_special=chat))
 
     def windows(self, text: str) -> list[Pair]:
         """A whole text: each of its tokens is in one continuation."""
@@ -77,7 +102,7 @@ class Encoder:
         """Ids of a prompt, and whether it was cut so that `max_tokens` (at most half the context) have room."""
         length = self.context_length
         room = length - (request.max_tokens if request.max_tokens < length else length // 2)
-        ids = tuple(self.tokenizer.encode_prompt(request.prompt)) or (self.prefix,)
+        ids = self._encode(request.prompt, isinstance(request.prompt, Conversation)) or (self.prefix,)
         return ids[-room:], len(ids) > room
 
 
@@ -89,7 +114,7 @@ class OpenDocument:
     index: int
     document: Document
     requests: list[Request]
-    parts: list[list[ScoreResult | str | None]] = field(default_factory=list)
+    parts: list[list[Answer | None]] = field(default_factory=list)
     waiting: int = 0
     truncated: bool = False
 
@@ -99,14 +124,14 @@ class OpenDocument:
         return [_answer(parts) for parts in self.parts]
 
 
-def _answer(parts: list[ScoreResult | str | None]) -> Answer:
+def _answer(parts: list[Answer | None]) -> Answer:
     if parts and isinstance(parts[0], str):
         return parts[0]
-    results = [part for part in parts if isinstance(part, ScoreResult)]
+    windows = [part for part in parts if isinstance(part, Likelihood)]
     return Likelihood(
-        logprob=math.fsum(value for result in results for value in result.logprobs),
-        is_greedy=all(result.is_greedy for result in results),
-        tokens=sum(len(result.logprobs) for result in results),
+        logprob=math.fsum(window.logprob for window in windows),
+        is_greedy=all(window.is_greedy for window in windows),
+        tokens=sum(window.tokens for window in windows),
     )
 
 
@@ -122,16 +147,15 @@ class _Slot:
 class Wave:
     """Documents whose requests go to the engine together. Identical requests are computed once.
 
-    `tokens` counts what is held in memory.
+    `tokens` counts what is held in memory; `cached` the answers that were there from before.
     """
 
-    def __init__(self, encoder: Encoder, seed: int) -> None:
-        self._encoder, self._seed = encoder, seed
+    def __init__(self, encoder: Encoder, seed: int, cache: AnswerCache | None = None) -> None:
+        self._encoder, self._seed, self._cache = encoder, seed, cache
         self._scores: dict[tuple[Ids, Ids], list[_Slot]] = {}
         self._texts: dict[tuple[Ids, tuple[str, ...], Sampling], list[_Slot]] = {}
         self._answered: list[OpenDocument] = []  # documents that ask nothing
-        self.tokens = 0
-        self.documents = 0
+        self.tokens = self.documents = self.cached = 0
 
     def add(self, document: OpenDocument) -> None:
         """Raises ValueError, naming task and document, for a request that cannot be asked."""
@@ -149,8 +173,10 @@ class Wave:
 
     def _add_pairs(self, document: OpenDocument, number: int, request: Request) -> None:
         assert not isinstance(request, Generate)
-        one = isinstance(request, LogLikelihood)
-        pairs = [self._encoder.pair(request)] if one else self._encoder.windows(request.text)  # type: ignore[arg-type, union-attr]
+        if isinstance(request, RollingLogLikelihood):
+            pairs = self._encoder.windows(request.text)
+        else:
+            pairs = [self._encoder.pair(request)]
         document.parts.append([None] * len(pairs))
         document.waiting += len(pairs)
         for part, pair in enumerate(pairs):
@@ -175,19 +201,44 @@ class Wave:
     def run(self, engine: Engine) -> Iterator[OpenDocument]:
         """The documents as their last answers arrive."""
         yield from self._answered
-        scores = list(self._scores.items())
-        for result in engine.score(ScoreRequest(i, *pair) for i, (pair, _) in enumerate(scores)):
-            yield from _deliver(scores[result.id][1], result)
-        texts = list(self._texts.items())
-        wanted = (TextRequest(i, ids, sampling, stop) for i, ((ids, stop, sampling), _) in enumerate(texts))
+        pairs: list[tuple[tuple[Ids, Ids], bytes, list[_Slot]]] = []
+        for pair, slots in self._scores.items():
+            key = score_key(*pair)
+            if (known := self._known(key)) is None:
+                pairs.append((pair, key, slots))
+            else:
+                yield from _deliver(slots, known)
+        for result in engine.score(ScoreRequest(i, *pair) for i, (pair, _, _) in enumerate(pairs)):
+            _, key, slots = pairs[result.id]
+            answer = Likelihood(math.fsum(result.logprobs), result.is_greedy, len(result.logprobs))
+            yield from _deliver(slots, self._kept(key, answer))
+        prompts: list[tuple[tuple[Ids, tuple[str, ...], Sampling], bytes, list[_Slot]]] = []
+        for prompt, slots in self._texts.items():
+            key = text_key(*prompt)
+            if (known := self._known(key)) is None:
+                prompts.append((prompt, key, slots))
+            else:
+                yield from _deliver(slots, known)
+        wanted = (TextRequest(i, ids, sampling, stop) for i, ((ids, stop, sampling), _, _) in enumerate(prompts))
         for completion in complete(engine, self._encoder.tokenizer, wanted):
-            yield from _deliver(texts[completion.id][1], completion.text)
+            _, key, slots = prompts[completion.id]
+            yield from _deliver(slots, self._kept(key, completion.text))
+
+    def _known(self, key: bytes) -> Answer | None:
+        answer = None if self._cache is None else self._cache.get(key)
+        self.cached += answer is not None
+        return answer
+
+    def _kept(self, key: bytes, answer: Answer) -> Answer:
+        if self._cache is not None:
+            self._cache.put(key, answer)
+        return answer
 
 
-def _deliver(slots: list[_Slot], result: ScoreResult | str) -> Iterator[OpenDocument]:
-    """Put a result where it is waited for; the documents that are complete with it."""
+def _deliver(slots: list[_Slot], answer: Answer) -> Iterator[OpenDocument]:
+    """Put an answer where it is waited for; the documents that are complete with it."""
     for slot in slots:
-        slot.document.parts[slot.request][slot.part] = result
+        slot.document.parts[slot.request][slot.part] = answer
         slot.document.waiting -= 1
         if not slot.document.waiting:
             yield slot.document

@@ -7,8 +7,10 @@ that it can batch them as it likes, and each document is scored as soon as its l
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from llmkit import __version__
 from llmkit.component import require
 from llmkit.eval_requests import Encoder, OpenDocument, Wave
-from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Metric, Request, pooled
+from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Metric, Request, Suite, pooled
 from llmkit.plugins import get_plugins
 
 if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
     from llmkit.engine import Engine
+    from llmkit.eval_cache import AnswerCache
+    from llmkit.eval_chat import Chat
 
 WAVE_TOKENS = 2**20  # about 40 MB of Python integers
 WAVE_DOCUMENTS = 2**14
@@ -55,8 +59,10 @@ class Evaluation:
     """One run of some tasks on one checkpoint.
 
     Attributes:
-        tasks: name -> evaluator, in the order asked for.
+        tasks: name -> evaluator, in the order asked for; a suite's members in its place.
+        suites: name -> suite.
         truncated: task -> documents that were too long for the model's context and lost their left end.
+        cached: answers that were there from before.
     """
 
     def __init__(
@@ -69,27 +75,39 @@ class Evaluation:
         data_dir: Path | None = None,
         seed: int = 1234,
         options: Mapping[str, str] | None = None,
+        chat: Chat | None = None,
     ) -> None:
         """Set up the tasks; the model is not needed yet.
 
-        `limit` takes the first so many documents of each task. Raises UnknownComponent with the nearest names,
-        MissingRequirement, or ValueError from a task.
+        `limit` takes the first so many documents of each task; `chat` asks a chat model in its own format. Raises
+        UnknownComponent with the nearest names, MissingRequirement, or ValueError from a task.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         found = {name: get_plugins().evaluator(name) for name in tasks}
         self.checkpoint, self.limit, self.num_fewshot, self.seed = checkpoint, limit, num_fewshot, seed
-        context = EvalContext(checkpoint, checkpoint.tokenizer, data_dir, num_fewshot, seed, dict(options or {}))
+        self.chat = chat
+        context = EvalContext(checkpoint, checkpoint.tokenizer, data_dir, num_fewshot, seed, dict(options or {}), chat)
         self.tasks: dict[str, Evaluator] = {}
+        self.suites: dict[str, Suite] = {}
+        self._members: dict[str, list[str]] = {}
         for name, evaluator in found.items():
             require(evaluator.requires, f"task {name!r}")
-            self.tasks[name] = evaluator(context)
+            task = evaluator(context)
+            if isinstance(task, Suite):
+                self.suites[name], members = task, task.members()
+                self._members[name] = list(members)
+                for member, made in members.items():
+                    self.tasks.setdefault(member, made)
+            else:
+                self.tasks[name] = task
         self.truncated: dict[str, int] = dict.fromkeys(self.tasks, 0)
         self._scores: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in self.tasks}
         self._parts: dict[str, dict[int, tuple[str, ...]]] = {name: {} for name in self.tasks}
         self._documents = {name: task.documents() for name, task in self.tasks.items()}
         self._engine: Engine | None = None
         self._seconds = 0.0
+        self.cached = 0
 
     @property
     def total(self) -> int | None:
@@ -98,36 +116,67 @@ class Evaluation:
         known = [min(count, self.limit or count) for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
-    def run(self, engine: Engine) -> Iterator[Sample]:
-        """Samples as their documents finish, in any order. Raises ValueError naming the task and document at fault."""
+    def run(self, engine: Engine, cache: AnswerCache | None = None) -> Iterator[Sample]:
+        """Samples as their documents finish, in any order. Raises ValueError naming the task and document at fault.
+
+        What `cache` has is not asked again. Tasks that score in threads do so while the engine goes on.
+        """
         self._engine = engine
         started = time.perf_counter()
-        for wave in self._waves(Encoder(self.checkpoint.tokenizer, engine.context_length)):
-            for finished in wave.run(engine):
-                yield self._scored(finished)
+        scoring: dict[Future[dict[str, float]], OpenDocument] = {}
+        pool = ThreadPoolExecutor(os.cpu_count() or 1)  # starts its threads when they are needed
+        try:
+            for finished in self._finished(engine, cache):
+                if self.tasks[finished.task].scores_in_threads:
+                    scoring[pool.submit(self._score, finished)] = finished
+                else:
+                    yield self._sample(finished, self._score(finished))
+                for future in [future for future in scoring if future.done()]:
+                    yield self._sample(scoring.pop(future), future.result())
                 self._seconds = time.perf_counter() - started
+            for future, finished in scoring.items():
+                yield self._sample(finished, future.result())
+            self._seconds = time.perf_counter() - started
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _waves(self, encoder: Encoder) -> Iterator[Wave]:
-        wave = Wave(encoder, self.seed)
-        for name, task in self.tasks.items():
+    def _finished(self, engine: Engine, cache: AnswerCache | None) -> Iterator[OpenDocument]:
+        """Documents with all their answers."""
+        encoder = Encoder(self.checkpoint.tokenizer, engine.context_length)
+        wave = Wave(encoder, self.seed, cache)
+        for name in self.tasks:
             for index, document in enumerate(self._limited(name)):
-                wave.add(OpenDocument(name, index, document, task.requests(document)))
+                wave.add(OpenDocument(name, index, document, self._requests(name, index, document)))
                 if wave.tokens >= WAVE_TOKENS or wave.documents >= WAVE_DOCUMENTS:
-                    yield wave
-                    wave = Wave(encoder, self.seed)
+                    yield from self._run_wave(wave, engine)
+                    wave = Wave(encoder, self.seed, cache)
         if wave.documents:
-            yield wave
+            yield from self._run_wave(wave, engine)
+
+    def _run_wave(self, wave: Wave, engine: Engine) -> Iterator[OpenDocument]:
+        yield from wave.run(engine)
+        self.cached += wave.cached
+
+    def _requests(self, name: str, index: int, document: Document) -> list[Request]:
+        requests = self.tasks[name].requests(document)
+        if self.chat is None:
+            return requests
+        try:
+            return self.chat.requests(requests)
+        except ValueError as error:
+            raise ValueError(f"task {name!r}, document {index}: {error}") from None
 
     def _limited(self, name: str) -> Iterable[Document]:
         return islice(self._documents[name], self.limit)
 
-    def _scored(self, finished: OpenDocument) -> Sample:
-        answers = finished.answers()
-        scores = self.tasks[finished.task].score(finished.document, answers)
+    def _score(self, finished: OpenDocument) -> dict[str, float]:
+        return self.tasks[finished.task].score(finished.document, finished.answers())
+
+    def _sample(self, finished: OpenDocument, scores: Mapping[str, float]) -> Sample:
         self._scores[finished.task][finished.index] = scores
         self._parts[finished.task][finished.index] = self.tasks[finished.task].parts(finished.document)
         self.truncated[finished.task] += finished.truncated
-        return Sample(finished.task, finished.index, finished.document, finished.requests, answers, scores)
+        return Sample(finished.task, finished.index, finished.document, finished.requests, finished.answers(), scores)
 
     def running(self, task: str) -> dict[str, float]:
         """The task's metrics over the documents that are finished."""
@@ -160,17 +209,24 @@ class Evaluation:
         assert self._engine is not None
         results: dict[str, dict[str, float]] = {}
         owners: dict[str, Evaluator] = {}
+        figures = {name: self._figures(name) for name in self.tasks}
         for name, task in self.tasks.items():
-            for part, (metrics, n) in self._figures(name).items():
+            for part, (metrics, n) in figures[name].items():
                 if part != name and part in self.tasks:
                     continue  # it was asked for, with documents of its own
                 results[part] = {**_flat(metrics), "n": n}
                 owners[part] = task
+        for name, suite in self.suites.items():
+            members = {member: figures[member][member] for member in self._members[name]}
+            for line, (metrics, n) in suite.summary_figures(members).items():
+                results[line] = {**_flat(metrics), "n": n}
+                owners[line] = suite
         return {
             "results": results,
             "versions": {name: task.version for name, task in owners.items()},
-            "n-shot": {name: task.shots for name, task in owners.items()},
+            "n-shot": {name: task.shots for name, task in owners.items() if not isinstance(task, Suite)},
             "higher_is_better": {name: dict(task.higher_is_better) for name, task in owners.items()},
+            "missing": {name: suite.missing for name, suite in self.suites.items() if suite.missing},
             "truncated": self.truncated,
             "config": {
                 "checkpoint": str(self.checkpoint.path),
@@ -182,8 +238,12 @@ class Evaluation:
                 "limit": self.limit,
                 "num_fewshot": self.num_fewshot,
                 "seed": self.seed,
+                "apply_chat_template": self.chat is not None,
+                "system_prompt": self.chat.system_prompt if self.chat else None,
+                "fewshot_as_turns": self.chat.fewshot_as_turns if self.chat else False,
                 "llmkit_version": __version__,
             },
+            "cached": self.cached,
             "seconds": round(self._seconds, 3),
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,7 +80,18 @@ class Generate:
     top_p: float = 1.0
 
 
-Request = LogLikelihood | RollingLogLikelihood | Generate
+@dataclass(frozen=True, slots=True)
+class TokenLogLikelihood:
+    """`LogLikelihood` in token ids, for tasks that must place the boundary between tokens themselves.
+
+    Nothing is added, and no chat template applied; neither may be empty. A context that is too long loses its left end.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+Request = LogLikelihood | TokenLogLikelihood | RollingLogLikelihood | Generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +182,11 @@ class Evaluator(Component, ABC):
         """
 
     @abstractmethod
-    def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:
-        """Figures of one document from the answers, in the order of its requests."""
+    def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Figures of one document from the answers, in the order of its requests.
+
+        Numbers; where a task has its own `aggregate`, anything that JSON can hold.
+        """
 
     def parts(self, document: Document) -> tuple[str, ...]:
         """Parts of the task that a document counts for, the smallest first; each has figures of its own in the results.
@@ -181,11 +195,60 @@ class Evaluator(Component, ABC):
         """
         return ()
 
-    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+    def aggregate(self, scores: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
         """Results of the task, or of a part, from the figures of its documents: by default the mean of each."""
         return {name: mean([score[name] for score in scores]) for name in scores[0]} if scores else {}
 
-    def running(self, scores: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float]]:
+    def running(self, scores: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
         """What the progress bar shows after some documents."""
         for name, metric in self.aggregate(scores).items():
             yield name, metric.value
+
+
+Figures = tuple[dict[str, Metric], int]  # metrics of a task, and how many documents they are of
+
+
+class Suite(Evaluator):
+    """A task that is made of other tasks: they are run, each with results of its own, and it sums these up.
+
+    Attributes:
+        missing: task that belongs to the suite -> why it is not run.
+    """
+
+    def __init__(self, context: EvalContext) -> None:
+        super().__init__(context)
+        self.missing: dict[str, str] = {}
+
+    @abstractmethod
+    def members(self) -> Mapping[str, Evaluator]:
+        """Its tasks by name, set up. Raises ValueError where there is none that can be run."""
+
+    @abstractmethod
+    def summary_figures(self, figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
+        """Lines of the results, by name, from the figures of its members."""
+
+    def documents(self) -> Iterable[Document]:
+        return ()
+
+    def requests(self, document: Document) -> list[Request]:
+        raise NotImplementedError("a suite asks nothing itself")
+
+    def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, Any]:
+        raise NotImplementedError("a suite asks nothing itself")
+
+
+class TaskFamily(Component, ABC):
+    """Tasks that are too many to be registered one by one, made when they are asked for.
+
+    They are asked for by name where no registered task has it, and as `family:name` in any case.
+    """
+
+    @classmethod
+    @abstractmethod
+    def names(cls) -> Collection[str]:
+        """The names of its tasks, for suggestions; empty where what it `requires` is not installed."""
+
+    @classmethod
+    @abstractmethod
+    def find(cls, name: str) -> type[Evaluator] | None:
+        """The task of that name, or None. It may be a `Suite`."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -57,9 +58,13 @@ class HumanEval(Evaluator):
         return [request] * self.samples
 
     def score(self, document: Document, answers: Sequence[Answer]) -> dict[str, float]:
-        with ThreadPoolExecutor(min(len(answers), os.cpu_count() or 1)) as pool:
-            passed = sum(pool.map(lambda answer: self.passes(document, str(answer)), answers))
+        passed = sum(self.pool.map(lambda answer: self.passes(document, str(answer)), answers))
         return {f"pass@{k}": pass_at_k(len(answers), passed, k) for k in KS if k <= len(answers)}
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """One for all documents, so that no more programs run at a time than there are cores."""
+        return ThreadPoolExecutor(os.cpu_count() or 1)
 
     def passes(self, document: Document, answer: str) -> bool:
         """Whether the prompt continued by `answer` passes the problem's tests."""
