@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llmkit.data.source import DataSource
     from llmkit.engine import Engine
-    from llmkit.evaluator import Evaluator
+    from llmkit.evaluator import Evaluator, TaskFamily
     from llmkit.server import Server
     from llmkit.tokenizer import TokenizerProvider
     from llmkit.trainer import Trainer
@@ -38,6 +38,11 @@ def llmkit_register_engines() -> list[type[Engine]]:  # type: ignore[empty-body]
 @hookspec
 def llmkit_register_evaluators() -> list[type[Evaluator]]:  # type: ignore[empty-body]
     """Evaluation tasks, chosen by `llmkit eval --tasks NAME,NAME`."""
+
+
+@hookspec
+def llmkit_register_task_families() -> list[type[TaskFamily]]:  # type: ignore[empty-body]
+    """Families of evaluation tasks that are made when they are asked for, by name or as `family:name`."""
 
 
 @hookspec

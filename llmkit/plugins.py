@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from llmkit.data.source import DataSource
     from llmkit.engine import Engine
-    from llmkit.evaluator import Evaluator
+    from llmkit.evaluator import Evaluator, TaskFamily
     from llmkit.server import Server
     from llmkit.tokenizer import TokenizerProvider
     from llmkit.trainer import Trainer
@@ -38,6 +38,7 @@ KINDS = {
     "trainer": ("llmkit_register_trainers", "llmkit.trainer", "Trainer"),
     "engine": ("llmkit_register_engines", "llmkit.engine", "Engine"),
     "evaluator": ("llmkit_register_evaluators", "llmkit.evaluator", "Evaluator"),
+    "task family": ("llmkit_register_task_families", "llmkit.evaluator", "TaskFamily"),
     "server": ("llmkit_register_servers", "llmkit.server", "Server"),
     "tokenizer": ("llmkit_register_tokenizers", "llmkit.tokenizer", "TokenizerProvider"),
     "data source": ("llmkit_register_data_sources", "llmkit.data.source", "DataSource"),
@@ -140,7 +141,22 @@ class Plugins:
         return found
 
     def evaluator(self, name: str) -> type[Evaluator]:
-        found: type[Evaluator] = self.find("evaluator", name)
+        """A registered task; `family:name`; or where no task is registered by that name, a family's."""
+        prefix, _, rest = name.partition(":")
+        if rest:
+            family: type[TaskFamily] = self.find("task family", prefix)
+            if (member := family.find(rest)) is None:
+                names = nearest(rest, family.names())
+                raise UnknownComponent(f"unknown task {rest!r} of {prefix}: {names}")
+            return member
+        if name not in self._items["evaluator"]:
+            families: list[type[TaskFamily]] = self.all("task family")
+            for family in families:
+                if (member := family.find(name)) is not None:
+                    return member
+            known = {*self._items["evaluator"], *(known for family in families for known in family.names())}
+            raise UnknownComponent(f"unknown task {name!r}: {nearest(name, known)}")
+        found: type[Evaluator] = self._items["evaluator"][name]
         return found
 
     def server(self, name: str) -> type[Server]:

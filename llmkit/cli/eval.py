@@ -111,6 +111,9 @@ def command(
     if out is not None:
         write_json(out, results)
         ui.note(f"results: {out}, samples: {samples_path(out)}")
+    for name, missing in results["missing"].items():
+        for member, reason in missing.items():
+            ui.note(f"{name} is partial: {member} is missing, {reason}")
     for name, count in evaluation.truncated.items():
         if count:
             ui.note(f"{name}: {count} documents were longer than the model's context and lost their beginning")
@@ -171,7 +174,7 @@ def _show_results(results: dict[str, Any]) -> None:
             better = {True: "higher", False: "lower", None: ""}[results["higher_is_better"][task].get(name)]
             stderr = figures.get(f"{name}_stderr")
             plus_minus = "" if stderr is None else f"± {stderr:.4f}"
-            shots, n = str(results["n-shot"][task]), str(figures["n"])
+            shots, n = str(results["n-shot"].get(task, "")), str(figures["n"])
             rows.append([task, results["versions"][task], shots, n, name, better, f"{value:.4f}", plus_minus])
     columns = ["task", "version", "shots", "n", "metric", "better", "value", "stderr"]
     ui.table(columns, rows, right=(2, 3, 6))
