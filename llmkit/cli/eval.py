@@ -12,9 +12,11 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from llmkit.cli import ui
+from llmkit.cli.sampling import engine_flags
 
 if TYPE_CHECKING:
     from llmkit.engine import Engine
+    from llmkit.eval_cache import AnswerCache
     from llmkit.evaluation import Evaluation
 
 STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which takes time with many documents
@@ -24,9 +26,11 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.argument("checkpoint", required=False)
 @click.option("--tasks", metavar="A,B", help="Tasks, separated by commas; `list` shows them.")
 @click.option("--list", "list_tasks", is_flag=True, help="Show the tasks that are installed.")
-@click.option("--engine", metavar="NAME", help="[default: the one for the model's architecture]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N documents of each task.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="K", help="Examples in front of each question.")
+@click.option("--apply-chat-template", is_flag=True, help="Ask in the chat format of the model.")
+@click.option("--system-prompt", metavar="TEXT", help="First message to a chat model.")
+@click.option("--fewshot-as-turns", is_flag=True, help="Examples as questions and answers of a chat.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Local data of the tasks.")
 @click.option("--data", metavar="PATH", help="Text file, data folder or named source for `bpb`.")
 @click.option(
@@ -35,9 +39,8 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.option("--temperature", type=click.FloatRange(min=0.01), metavar="T", help="Of several samples.  [default: 0.8]")
 @click.option("--unsafe-execute", is_flag=True, help="Run generated code even where no sandbox works.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results here, samples beside it.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: the checkpoint's]")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]")
+@click.option("--no-cache", is_flag=True, help="Ask everything anew, and keep no answers.")
+@engine_flags
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -54,12 +57,16 @@ def command(
     engine: str | None,
     limit: int | None,
     num_fewshot: int | None,
+    apply_chat_template: bool,
+    system_prompt: str | None,
+    fewshot_as_turns: bool,
     data_dir: Path | None,
     data: str | None,
     samples: int | None,
     temperature: float | None,
     unsafe_execute: bool,
     out: Path | None,
+    no_cache: bool,
     dtype: str | None,
     quantize: str | None,
     device: str | None,
@@ -81,9 +88,14 @@ def command(
         get_plugins().engine(engine)  # a wrong name shows before anything is loaded
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"there is no folder {data_dir}")
+    if not apply_chat_template and (system_prompt is not None or fewshot_as_turns):
+        flag = "--fewshot-as-turns" if system_prompt is None else "--system-prompt"
+        raise click.UsageError(f"{flag} needs --apply-chat-template")
 
     from llmkit.checkpoint import Checkpoint
     from llmkit.engines import open_engine
+    from llmkit.eval_cache import open_cache
+    from llmkit.eval_chat import Chat
     from llmkit.evaluation import Evaluation
     from llmkit.files import write_json
 
@@ -93,20 +105,26 @@ def command(
         "temperature": temperature,
         "unsafe_execute": "yes" if unsafe_execute else None,
     }
+    model = Checkpoint.open(checkpoint)
     evaluation = Evaluation(
-        Checkpoint.open(checkpoint),
+        model,
         names,
         limit=limit,
         num_fewshot=num_fewshot,
         data_dir=data_dir,
         seed=seed,
         options={name: str(value) for name, value in options.items() if value is not None},
+        chat=Chat(model, system_prompt or "", fewshot_as_turns) if apply_chat_template else None,
     )
     with (
         _samples_file(out) as file,
-        open_engine(evaluation.checkpoint, engine, dtype=dtype, device=device, quantize=quantize) as opened,
+        open_engine(model, engine, dtype=dtype, device=device, quantize=quantize) as opened,
+        contextlib.ExitStack() as stack,
     ):
-        _run(evaluation, opened, file)
+        cache = None if no_cache else open_cache(model, opened, {"device": device, "quantize": quantize})
+        if cache is not None:
+            stack.callback(cache.close)
+        _run(evaluation, opened, file, cache)
     results = evaluation.results()
     if out is not None:
         write_json(out, results)
@@ -117,6 +135,8 @@ def command(
     for name, count in evaluation.truncated.items():
         if count:
             ui.note(f"{name}: {count} documents were longer than the model's context and lost their beginning")
+    if evaluation.cached:
+        ui.note(f"{evaluation.cached} answers were there from an earlier run (--no-cache asks anew)")
     if as_json:
         ui.emit(results)
     else:
@@ -130,21 +150,26 @@ def samples_path(out: Path) -> Path:
 
 @contextlib.contextmanager
 def _samples_file(out: Path | None) -> Iterator[IO[str] | None]:
-    """The file of samples, opened before the model is loaded, so that a place that cannot be written shows at once."""
+    """The file of samples, opened before the model is loaded, so that a place that cannot be written shows at once.
+
+    What an earlier run left in it stays until there is a first sample to write.
+    """
     if out is None:
         yield None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with samples_path(out).open("w", encoding="utf-8") as file:
+    with samples_path(out).open("a", encoding="utf-8") as file:
         yield file
 
 
-def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None) -> None:
+def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None, cache: AnswerCache | None) -> None:
     """Run to the end, drawing progress and writing each sample as it comes."""
     shown = time.monotonic()
     with ui.progress("evaluating", evaluation.total) as update:
-        for sample in evaluation.run(engine):
+        for number, sample in enumerate(evaluation.run(engine, cache)):
             if samples is not None:
+                if number == 0:
+                    samples.truncate(0)
                 samples.write(json.dumps(sample.to_json(), ensure_ascii=False, default=str) + "\n")
                 samples.flush()
             status = ""
