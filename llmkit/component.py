@@ -9,7 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from llmkit.environment import Environment
 
 #: Which extra of llmkit installs a module; other modules are installed under their own name.
 EXTRAS = {
@@ -40,10 +43,12 @@ class Component:
     Class attributes:
         name: what users type, e.g. `torch` in `--backend torch`. Lower case, digits, `-` and `_`.
         requires: top-level modules that must be importable before the component can be used.
+        environment: a Python environment of its own, which `llmkit plugins install` makes by the environment's name.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[str, ...]] = ()
+    environment: ClassVar[Environment | None] = None
 
     @classmethod
     def summary(cls) -> str:

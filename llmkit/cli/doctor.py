@@ -121,7 +121,6 @@ def _packages() -> list[Finding]:
         ("zstandard", "zstandard", ".zst files"),
         ("matplotlib", "matplotlib", "pictures in reports"),
         ("lm_eval", "lm-eval", "lm-eval's tasks"),
-        ("vllm", "vllm", "serving with vLLM"),
     ):
         if missing_modules([module]):
             findings.append(Finding(module, "missing", f"not installed ({what})", install_hint([module])))
@@ -146,6 +145,8 @@ def _components() -> list[Finding]:
             if kind == "evaluator" and reason is None:
                 continue  # there are many
             found = component.summary() if reason is None else reason
+            if component.environment is not None and component.environment.version is not None:
+                found += f" ({component.environment.name} {component.environment.version})"
             findings.append(Finding(f"{kind} {component.name}", "ok" if reason is None else "missing", found))
     findings += [
         Finding(f"plugin {plugin.name}", "broken", plugin.error or "", f"llmkit plugins uninstall {plugin.name}")

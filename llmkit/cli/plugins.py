@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from llmkit.cli.ui import emit, json_option, note, table
+from llmkit.cli.ui import duration, emit, json_option, note, progress, table
+
+if TYPE_CHECKING:
+    from llmkit.environment import Environment
 
 
 @click.group()
@@ -19,6 +24,7 @@ def list_plugins(as_json: bool) -> None:
     from llmkit.plugins import get_plugins
 
     plugins = get_plugins().plugins
+    environments = _environments()
     if as_json:
         emit(
             {
@@ -32,7 +38,10 @@ def list_plugins(as_json: bool) -> None:
                         "error": p.error,
                     }
                     for p in plugins
-                ]
+                ],
+                "environments": [
+                    {"name": e.name, "version": e.version, "folder": str(e.folder)} for e in environments.values()
+                ],
             }
         )
         return
@@ -41,6 +50,22 @@ def list_plugins(as_json: bool) -> None:
         provides = "; ".join(f"{kind}: {_some(names)}" for kind, names in p.provides.items())
         rows.append([p.name, f"{p.distribution} {p.version}", f"BROKEN: {p.error}" if p.error else provides])
     table(["plugin", "from", "provides"], rows)
+    if environments:
+        print()
+        rows = [
+            [e.name, e.version or "not installed", str(e.folder) if e.version else f"llmkit plugins install {e.name}"]
+            for e in environments.values()
+        ]
+        table(["environment", "version", ""], rows)
+
+
+def _environments() -> dict[str, Environment]:
+    """The Python environments that components have of their own, by name."""
+    from llmkit.plugins import get_plugins
+
+    plugins = get_plugins()
+    found = (component.environment for kind in ("engine", "server", "trainer") for component in plugins.all(kind))
+    return {environment.name: environment for environment in found if environment is not None}
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -71,18 +96,44 @@ def new(name: str, kind: str, parent: str) -> None:
 @command.command("install", context_settings={"ignore_unknown_options": True})
 @click.argument("packages", nargs=-1, required=True)
 def install(packages: tuple[str, ...]) -> None:
-    """Install plugin packages into this environment with pip (names, folders, URLs, pip's own options)."""
-    _pip("install", packages)
+    """Install plugin packages into this environment with pip (names, folders, URLs, pip's own options).
+
+    `vllm` is made in an environment of its own instead, because of the versions that it pins.
+    """
+    environments = _environments()
+    for name in packages:
+        if name in environments:
+            _make_environment(environments[name])
+    if rest := tuple(name for name in packages if name not in environments):
+        _pip("install", rest)
+
+
+def _make_environment(environment: Environment) -> None:
+    import time
+
+    started = time.monotonic()
+    with progress(f"installing {environment.name}", None) as update:
+        made = environment.create(lambda line: update(status=line[:120]))
+    done = f"installed in {duration(time.monotonic() - started)}" if made else "is there already"
+    note(f"{environment.name} {environment.version}: {done}, in {environment.folder}")
 
 
 @command.command("uninstall")
 @click.argument("packages", nargs=-1, required=True)
 def uninstall(packages: tuple[str, ...]) -> None:
-    """Remove plugin packages from this environment with pip, given by package or plugin name."""
+    """Remove plugin packages from this environment with pip, given by package or plugin name; or one's environment."""
     from importlib.metadata import entry_points
 
     from llmkit.plugins import GROUP
 
+    environments = _environments()
+    for package in packages:
+        if package in environments:
+            removed = environments[package].remove()
+            note(f"{package}: {'removed' if removed else 'was not installed'}")
+    packages = tuple(package for package in packages if package not in environments)
+    if not packages:
+        return
     owners = {entry.name: entry.dist.name for entry in entry_points(group=GROUP) if entry.dist}
     names = [owners.get(package, package) for package in packages]
     if "llmkit" in names:
