@@ -54,10 +54,7 @@ class ServeCommand(ComponentCommand):
     metavar="NAME[=MODEL]",
     help="A further name of a model, by default of the first; may be given several times.",
 )
-@click.pass_context
-def command(
-    ctx: click.Context, checkpoints: tuple[str, ...], server: str | None, aliases: tuple[str, ...], **values: Any
-) -> None:
+def command(checkpoints: tuple[str, ...], server: str | None, aliases: tuple[str, ...], **values: Any) -> None:
     """Serve CHECKPOINTs (by default the latest run's newest) until Ctrl-C.
 
     A model is called what its folder is; NAME=CHECKPOINT gives it another name.
@@ -71,7 +68,7 @@ def command(
     options = chosen.Options(**given(chosen.Options, values))
     check(options)
     running = chosen()
-    running.arguments = ctx.meta.get("arguments", ())
+    running.arguments = click.get_current_context().meta.get("arguments", ())
     if running.arguments and not chosen.takes_arguments:
         raise click.UsageError(f"server {chosen.name!r} takes no arguments behind --: {' '.join(running.arguments)}")
     models = add_aliases(open_models(checkpoints), aliases)
