@@ -23,6 +23,7 @@ COMMANDS = (
     "train --backend llmc",
     "eval",
     "generate",
+    "chat",
     "serve",
     "export",
     "report",
