@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 #: a message: {"role": "user", "content": "…"}, and whatever else the template reads
 Message = Mapping[str, Any]
 
+#: for base models, where one is asked for: a transcript, which a model that has only read text can continue
+PLAIN_TEMPLATE = """\
+{% for message in messages %}
+{% if message.role == 'system' %}
+{{ message.content }}
+
+{% else %}
+{{ message.role | capitalize }}: {{ message.content }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+Assistant:
+{%- endif %}
+"""
+PLAIN_STOPS = ("\nUser:", "\nAssistant:")  # where the model begins to write the next turn itself
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,14 +46,15 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    plain: bool = False,
     **variables: Any,
 ) -> str:
     """The conversation as text, by the checkpoint's template; `variables` are passed on to it.
 
-    With `add_generation_prompt`, the text ends where the assistant's answer begins. Raises ValueError where the
-    checkpoint has no template, or the template refuses the conversation.
+    With `add_generation_prompt`, the text ends where the assistant's answer begins. With `plain`, PLAIN_TEMPLATE stands
+    in for a missing template. Raises ValueError where the checkpoint has none, or it refuses the conversation.
     """
-    source = checkpoint.chat_template
+    source = checkpoint.chat_template or (PLAIN_TEMPLATE if plain else None)
     if source is None:
         raise ValueError(
             f"checkpoint {checkpoint.path} has no chat template: it is a base model, so give it plain text instead"

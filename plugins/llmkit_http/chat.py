@@ -1,0 +1,167 @@
+"""/v1/chat/completions: the next message of a conversation."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from llmkit_http.chat_schemas import (
+    AnswerCall,
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatRequest,
+    ContentLogprob,
+    FunctionCall,
+    TopLogprob,
+)
+from llmkit_http.jobs import Job, Piece, TokenLogprob
+from llmkit_http.limits import warning_header
+from llmkit_http.models import Model
+from llmkit_http.schemas import ERRORS, Usage
+from llmkit_http.service import FINGERPRINT, service
+from llmkit_http.sse import DONE, EventStream, unless_gone
+from llmkit_http.text import token_bytes, token_text
+from llmkit_http.tools import CallArguments, CallBegin, Delta, TextDelta
+from llmkit_http.turns import Turn
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"], summary="Answer a conversation")
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    at = service(request)
+    model = at.models.find(body.model)
+    n = at.check_n(body.n)
+    turn = await Turn.prepare(model, body)
+    wanted = body.max_completion_tokens or body.max_tokens
+    if wanted is not None:
+        at.check_max_tokens(wanted, "max_tokens")
+    sampling = body.sampling(
+        max_tokens=wanted or at.options.max_tokens or model.engine.context_length,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    job = at.job(
+        model,
+        [turn.prompt],
+        turn.adjust(sampling),
+        stop=turn.stops(body.stop_strings()),
+        n=n,
+        constraint=turn.constraint,
+    )
+    answer = _Answer(model, body, job, turn)
+    headers = warning_header(body.model_extra or {})
+    if body.stream:
+        return EventStream(answer.events(), job.cancel, headers)
+    samples = await unless_gone(request, job.result())
+    return Response(answer.whole(samples).model_dump_json(), media_type="application/json", headers=headers)
+
+
+class _Answer:
+    """Turns the pieces of a job into the answer, whole or as events."""
+
+    def __init__(self, model: Model, body: ChatRequest, job: Job, turn: Turn) -> None:
+        self._body, self._job, self._turn = body, job, turn
+        self._tokenizer = model.checkpoint.tokenizer
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = body.model or model.names[0]
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._job.prompt_tokens, self._job.completion_tokens)
+
+    def whole(self, samples: list[list[Piece]]) -> ChatCompletion:
+        return ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=[self._choice(pieces) for pieces in samples],
+            usage=self._usage(),
+            system_fingerprint=FINGERPRINT,
+        )
+
+    def _choice(self, pieces: list[Piece]) -> ChatChoice:
+        parser = self._turn.parser()
+        deltas: list[Delta] = []
+        for piece in pieces:
+            deltas += parser.feed(piece.text)
+        deltas += parser.finish()
+        text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
+        calls: list[AnswerCall] = []
+        for delta in deltas:
+            if isinstance(delta, CallBegin):
+                calls.append(AnswerCall(id=delta.id, function=FunctionCall(name=delta.name, arguments="")))
+            elif isinstance(delta, CallArguments):
+                calls[-1].function.arguments += delta.text
+        logprobs = None
+        if self._body.logprobs:
+            entries = [entry for piece in pieces for entry in piece.logprobs]
+            logprobs = ChatLogprobs(content=[self._entry(entry) for entry in entries])
+        return ChatChoice(
+            index=pieces[0].index,
+            message=AnswerMessage(content=text if text or not calls else None, tool_calls=calls or None),
+            logprobs=logprobs,
+            finish_reason=self._turn.finish_reason(pieces[-1].finish_reason, bool(calls)),
+        )
+
+    def _entry(self, entry: TokenLogprob) -> ContentLogprob:
+        top = [self._token(index, value) for index, value in entry.top.items()]
+        assert entry.logprob is not None
+        chosen = self._token(entry.id, entry.logprob)
+        return ContentLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
+
+    def _token(self, token: int, logprob: float) -> TopLogprob:
+        data = token_bytes(self._tokenizer, token)
+        return TopLogprob(token=token_text(self._tokenizer, token), logprob=logprob, bytes=list(data))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events."""
+        usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
+        base = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": FINGERPRINT,
+        }
+        # Written by hand: of all that an event holds only a few characters differ from the one before.
+        head = b"data: " + json.dumps(base)[:-1].encode() + b', "choices": [{"index": '
+        tail = b"}]" + (b', "usage": null' if usage else b"") + b"}\n\n"
+
+        def event(index: int, delta: str, logprobs: str = "null", reason: str = "null") -> bytes:
+            rest = f'{index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}'
+            return head + rest.encode() + tail
+
+        parsers = [self._turn.parser() for _ in self._job.samples]
+        called = [False] * len(parsers)
+        yield b"".join(event(index, '{"role": "assistant", "content": ""}') for index in range(len(parsers)))
+        async for pieces in self._job.pieces():
+            events = []
+            for piece in pieces:
+                index = piece.index
+                deltas = parsers[index].feed(piece.text)
+                if piece.finish_reason:
+                    deltas += parsers[index].finish()
+                logprobs = "null"
+                if piece.logprobs:
+                    logprobs = ChatLogprobs(content=[self._entry(entry) for entry in piece.logprobs]).model_dump_json()
+                    deltas = deltas or [TextDelta("")]
+                for delta in deltas:
+                    called[index] |= isinstance(delta, CallBegin)
+                    events.append(event(index, delta.chat_json(), logprobs))
+                    logprobs = "null"
+                if piece.finish_reason:
+                    reason = self._turn.finish_reason(piece.finish_reason, called[index])
+                    events.append(event(index, "{}", reason=f'"{reason}"'))
+            if events:
+                yield b"".join(events)
+        if usage:
+            last = {**base, "choices": [], "usage": self._usage().model_dump()}
+            yield b"data: " + json.dumps(last).encode() + b"\n\n"
+        yield DONE
