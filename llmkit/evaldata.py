@@ -32,12 +32,18 @@ class TaskData:
     dataset: str
     config: str | None = None
 
-    def load(self, split: str, data_dir: Path | None, convert: Callable[[Row], D]) -> list[D]:
-        """The rows of a split, each turned into a document by `convert`, from `data_dir` or, where it is None, the hub.
+    def load(
+        self, split: str, data_dir: Path | None, convert: Callable[[Row], D], files: Mapping[str, Path] | None = None
+    ) -> list[D]:
+        """The rows of a split, each turned into a document by `convert`.
 
+        They come from the split's file in `files`, else from `data_dir`, else, where that is None, from the hub.
         Raises ValueError, naming file and line (or dataset and row), for what is missing or what `convert` refuses.
         """
-        rows = self._hub(split) if data_dir is None else self._local(split, data_dir)
+        if files and split in files:
+            rows = json_lines(files[split])
+        else:
+            rows = self._hub(split) if data_dir is None else self._local(split, data_dir)
         documents = []
         for place, row in rows:
             try:

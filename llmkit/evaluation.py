@@ -76,18 +76,22 @@ class Evaluation:
         seed: int = 1234,
         options: Mapping[str, str] | None = None,
         chat: Chat | None = None,
+        task_data: Mapping[str, Mapping[str, Path]] | None = None,
     ) -> None:
         """Set up the tasks; the model is not needed yet.
 
-        `limit` takes the first so many documents of each task; `chat` asks a chat model in its own format. Raises
-        UnknownComponent with the nearest names, MissingRequirement, or ValueError from a task.
+        `limit` takes the first so many documents of each task; `chat` asks a chat model in its own format;
+        `task_data` has files for single tasks, task -> split -> file. Raises UnknownComponent with the nearest names,
+        MissingRequirement, or ValueError from a task.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit}")
         found = {name: get_plugins().evaluator(name) for name in tasks}
         self.checkpoint, self.limit, self.num_fewshot, self.seed = checkpoint, limit, num_fewshot, seed
         self.chat = chat
-        context = EvalContext(checkpoint, checkpoint.tokenizer, data_dir, num_fewshot, seed, dict(options or {}), chat)
+        context = EvalContext(
+            checkpoint, checkpoint.tokenizer, data_dir, num_fewshot, seed, dict(options or {}), chat, task_data or {}
+        )
         self.tasks: dict[str, Evaluator] = {}
         self.suites: dict[str, Suite] = {}
         self._members: dict[str, list[str]] = {}
@@ -101,6 +105,10 @@ class Evaluation:
                     self.tasks.setdefault(member, made)
             else:
                 self.tasks[name] = task
+        for name in context.task_data:
+            if name not in self.tasks and f"lm_eval:{name}" not in self.tasks:
+                among = ", ".join(self.tasks)
+                raise ValueError(f"there is data for task {name!r}, which is not among the tasks: {among}")
         self.truncated: dict[str, int] = dict.fromkeys(self.tasks, 0)
         self._scores: dict[str, dict[int, Mapping[str, float]]] = {name: {} for name in self.tasks}
         self._parts: dict[str, dict[int, tuple[str, ...]]] = {name: {} for name in self.tasks}

@@ -108,7 +108,10 @@ Answer = Likelihood | str
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What a task may need to know of the run. `data_dir` holds local data; None means the task's usual place."""
+    """What a task may need to know of the run. `data_dir` holds local data; None means the task's usual place.
+
+    `task_data` names files for single tasks: task -> split -> file. They come before `data_dir`.
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -117,6 +120,7 @@ class EvalContext:
     seed: int = 1234
     options: Mapping[str, str] = field(default_factory=dict)
     chat: Chat | None = None  # the format of a chat model; the runner applies it to the prompts of every task
+    task_data: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,7 @@ class Evaluator(Component, ABC):
     def __init__(self, context: EvalContext) -> None:
         self.context = context
         self.shots = self.num_fewshot if context.num_fewshot is None else context.num_fewshot
+        self.files = context.task_data.get(self.name, {})
 
     @abstractmethod
     def documents(self) -> Iterable[Document]:

@@ -40,12 +40,12 @@ class MultipleChoice(Evaluator):
 
     @cached_property
     def _documents(self) -> list[Document]:
-        return self.data.load(self.split, self.context.data_dir, self.convert)
+        return self.data.load(self.split, self.context.data_dir, self.convert, self.files)
 
     @cached_property
     def pool(self) -> list[Document]:
         """What examples are drawn from."""
-        return self.data.load(self.fewshot_split, self.context.data_dir, self.convert)
+        return self.data.load(self.fewshot_split, self.context.data_dir, self.convert, self.files)
 
     def examples(self, document: Document) -> Iterable[Document]:
         """The examples for a document: drawn by the document alone."""

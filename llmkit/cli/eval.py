@@ -32,6 +32,12 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 @click.option("--system-prompt", metavar="TEXT", help="First message to a chat model.")
 @click.option("--fewshot-as-turns", is_flag=True, help="Examples as questions and answers of a chat.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Local data of the tasks.")
+@click.option(
+    "--task-data",
+    multiple=True,
+    metavar="TASK=SPLIT:FILE",
+    help="Local file for a split of a task; may be repeated.",
+)
 @click.option("--data", metavar="PATH", help="Text file, data folder or named source for `bpb`.")
 @click.option(
     "--samples", type=click.IntRange(min=1), metavar="N", help="Answers to a problem of `humaneval`, for pass@k."
@@ -61,6 +67,7 @@ def command(
     system_prompt: str | None,
     fewshot_as_turns: bool,
     data_dir: Path | None,
+    task_data: tuple[str, ...],
     data: str | None,
     samples: int | None,
     temperature: float | None,
@@ -88,6 +95,7 @@ def command(
         get_plugins().engine(engine)  # a wrong name shows before anything is loaded
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"there is no folder {data_dir}")
+    files = _task_files(task_data)
     if not apply_chat_template and (system_prompt is not None or fewshot_as_turns):
         flag = "--fewshot-as-turns" if system_prompt is None else "--system-prompt"
         raise click.UsageError(f"{flag} needs --apply-chat-template")
@@ -115,6 +123,7 @@ def command(
         seed=seed,
         options={name: str(value) for name, value in options.items() if value is not None},
         chat=Chat(model, system_prompt or "", fewshot_as_turns) if apply_chat_template else None,
+        task_data=files,
     )
     with (
         _samples_file(out) as file,
@@ -141,6 +150,20 @@ def command(
         ui.emit(results)
     else:
         _show_results(results)
+
+
+def _task_files(given: tuple[str, ...]) -> dict[str, dict[str, Path]]:
+    """`--task-data` as task -> split -> file. Raises click.UsageError for one that is not TASK=SPLIT:FILE."""
+    files: dict[str, dict[str, Path]] = {}
+    for text in given:
+        task, _, place = text.partition("=")
+        split, _, file = place.partition(":")
+        if not (task and split and file):
+            raise click.UsageError(f"--task-data is TASK=SPLIT:FILE, not {text!r}")
+        if not Path(file).is_file():
+            raise click.UsageError(f"--task-data {text}: there is no file {file}")
+        files.setdefault(task, {})[split] = Path(file)
+    return files
 
 
 def samples_path(out: Path) -> Path:
@@ -183,11 +206,13 @@ def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None, cache:
 def _show_tasks(as_json: bool) -> None:
     from llmkit.plugins import get_plugins
 
-    tasks = get_plugins().all("evaluator")
+    tasks, families = get_plugins().all("evaluator"), get_plugins().all("task family")
     if as_json:
-        ui.emit({"tasks": [{"name": t.name, "version": t.version, "summary": t.summary()} for t in tasks]})
+        listed = [{"name": t.name, "version": t.version, "summary": t.summary()} for t in tasks]
+        ui.emit({"tasks": listed, "families": [{"name": f.name, "summary": f.summary()} for f in families]})
     else:
-        ui.table(["task", "version", "what it asks"], [[t.name, t.version, t.summary()] for t in tasks])
+        rows = [[t.name, t.version, t.summary()] for t in tasks]
+        ui.table(["task", "version", "what it asks"], rows + [[f"{f.name}:NAME", "", f.summary()] for f in families])
 
 
 def _show_results(results: dict[str, Any]) -> None:
