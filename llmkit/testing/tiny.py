@@ -23,13 +23,15 @@ TEXT = "\n".join(
 )
 
 
-def tiny_checkpoint(path: Path, *, context: int = 64, seed: int = 0, scale: float = 0.4) -> Checkpoint:
-    """Write a GPT-2 of 2 layers and 32 channels with random weights and the byte tokenizer.
+def tiny_checkpoint(
+    path: Path, *, context: int = 64, seed: int = 0, scale: float = 0.4, width: int = 32
+) -> Checkpoint:
+    """Write a GPT-2 of 2 layers, 2 heads and `width` channels with random weights and the byte tokenizer.
 
     `scale` is the deviation of the matrices: far from uniform predictions, but no ties and no certainties.
     """
     tokenizer = load_tokenizer("byte")
-    config = GPT2Config(vocab=tokenizer.vocab_size, context=context, depth=2, heads=2, width=32)
+    config = GPT2Config(vocab=tokenizer.vocab_size, context=context, depth=2, heads=2, width=width)
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in hf_shapes(config).items():

@@ -7,9 +7,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from llmkit.component import MissingRequirement, missing_modules
+from llmkit.component import MissingRequirement
 from llmkit.environment import Environment, Install, Remove
 
 PYTHON_VARIABLE = "LLMKIT_VLLM_PYTHON"
@@ -43,6 +44,12 @@ def gigabytes() -> float:
 ENVIRONMENT = Environment("vllm", module="vllm", plan=plan, gigabytes=gigabytes)
 
 
+def is_importable() -> bool:
+    """Whether this Python has vLLM. A folder of that name, where the user happens to stand, is not it."""
+    spec = find_spec("vllm")
+    return spec is not None and spec.origin is not None
+
+
 def find_python(named: str | None = None) -> Path:
     """The Python to run vLLM with: the one named, $LLMKIT_VLLM_PYTHON, ours if it has vLLM, or its own environment's.
 
@@ -54,7 +61,7 @@ def find_python(named: str | None = None) -> Path:
             origin = "--vllm-python" if named else PYTHON_VARIABLE
             raise ValueError(f"{origin}: there is no program {chosen}")
         return Path(found).absolute()  # not resolved: a virtual environment's Python is a link, known by its place
-    if not missing_modules(["vllm"]):
+    if is_importable():
         return Path(sys.executable)
     if ENVIRONMENT.version is not None:
         return ENVIRONMENT.python
