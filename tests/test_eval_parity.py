@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from llmkit.checkpoint import Checkpoint
 from llmkit.engines import open_engine
+from llmkit.eval_chat import Chat
 from llmkit.evaldata import draw, json_lines
 from llmkit.evaluation import Evaluation, Sample
 from llmkit.evaluator import Likelihood
@@ -38,6 +39,7 @@ def harness(
     shots: int,
     dtype: str,
     sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None,
+    chat: Chat | None = None,
 ) -> Any:
     """The harness's results, with samples, on local files."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -68,13 +70,18 @@ def harness(
         built.sampler.sample = lambda n, eval_doc=None, **_: sampler(eval_doc)
     kind = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     model = HFLM(pretrained=str(checkpoint.path), device="cpu", dtype=kind, batch_size=8)
-    return lm_eval.evaluate(model, {task: built}, log_samples=True, bootstrap_iters=100)
+    asked = {
+        "apply_chat_template": chat is not None,
+        "system_instruction": chat.system_prompt if chat else None,
+        "fewshot_as_multiturn": chat.fewshot_as_turns if chat else False,
+    }
+    return lm_eval.evaluate(model, {task: built}, log_samples=True, bootstrap_iters=100, **asked)
 
 
 def ours(
-    task: str, checkpoint: Checkpoint, data: Path, shots: int | None, dtype: str, engine: str
+    task: str, checkpoint: Checkpoint, data: Path, shots: int | None, dtype: str, engine: str, chat: Chat | None = None
 ) -> tuple[dict[int, Sample], dict[str, Any]]:
-    evaluation = Evaluation(checkpoint, [task], data_dir=data, num_fewshot=shots)
+    evaluation = Evaluation(checkpoint, [task], data_dir=data, num_fewshot=shots, chat=chat)
     with open_engine(checkpoint, engine, dtype=dtype, device="cpu") as opened:
         samples = {sample.index: sample for sample in evaluation.run(opened)}
     return samples, evaluation.results()["results"][task]
@@ -97,9 +104,10 @@ def compare_choices(
     tolerance: float = 2e-3,
     sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None,
     engine: str = "transformers",
+    chat: Chat | None = None,
 ) -> None:
-    theirs = harness(task, checkpoint, data, shots, dtype, sampler)
-    samples, figures = ours(task, checkpoint, data, shots, dtype, engine)
+    theirs = harness(task, checkpoint, data, shots, dtype, sampler, chat)
+    samples, figures = ours(task, checkpoint, data, shots, dtype, engine, chat)
     assert len(theirs["samples"][task]) == len(samples) == figures["n"]
     tied = set()
     for reference in theirs["samples"][task]:
@@ -123,14 +131,14 @@ def compare_choices(
 
 
 def compare_answers(
-    task: str, checkpoint: Checkpoint, data: Path, *, shots: int, engine: str = "transformers"
+    task: str, checkpoint: Checkpoint, data: Path, *, shots: int, engine: str = "transformers", chat: Chat | None = None
 ) -> list[str]:
     def sampler(document: Mapping[str, Any]) -> list[Any]:
         rows = [row for _, row in json_lines(data / "gsm8k" / "train.jsonl")]
         return draw(rows, shots, 1234, document["question"], [document])
 
-    theirs = harness(task, checkpoint, data, shots, "fp32", sampler if task == "gsm8k" else None)
-    samples, figures = ours(task, checkpoint, data, shots, "fp32", engine)
+    theirs = harness(task, checkpoint, data, shots, "fp32", sampler if task == "gsm8k" else None, chat)
+    samples, figures = ours(task, checkpoint, data, shots, "fp32", engine, chat)
     strict = [sample for sample in theirs["samples"][task] if sample["filter"] == "strict-match"]
     assert len(strict) == len(samples)
     for reference in strict:
@@ -225,3 +233,29 @@ def test_written_answers_of_a_real_model(smollm2_path: Path, data: Path, tmp_pat
     copy_lines(data / "gsm8k/train.jsonl", tmp_path / "gsm8k/train.jsonl", lambda row: True, 30)
     answers = compare_answers("gsm8k", Checkpoint.open(smollm2_path), tmp_path, shots=5)
     assert all("####" in answer for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "shots", "system", "turns"),
+    [
+        ("mmlu_anatomy", 2, "Be brief.", True),  # has a description, which joins the system prompt
+        ("mmlu_anatomy", 2, "", False),
+        ("hellaswag", 0, "", False),
+    ],
+)
+def test_choices_of_a_chat_model(
+    task: str, shots: int, system: str, turns: bool, smollm2_path: Path, data: Path, tmp_path: Path
+) -> None:
+    for file, count in (("mmlu/dev", 5), ("mmlu/test", 4), ("hellaswag/validation", 4)):
+        copy_lines(data / f"{file}.jsonl", tmp_path / f"{file}.jsonl", lambda row: True, count)
+    checkpoint = Checkpoint.open(smollm2_path)
+    compare_choices(task, checkpoint, tmp_path, shots=shots, chat=Chat(checkpoint, system, turns))
+
+
+@pytest.mark.slow
+def test_written_answers_of_a_chat_model(smollm2_path: Path, data: Path, tmp_path: Path) -> None:
+    copy_lines(data / "gsm8k/test.jsonl", tmp_path / "gsm8k/test.jsonl", lambda row: True, 2)
+    copy_lines(data / "gsm8k/train.jsonl", tmp_path / "gsm8k/train.jsonl", lambda row: True, 30)
+    checkpoint = Checkpoint.open(smollm2_path)
+    compare_answers("gsm8k", checkpoint, tmp_path, shots=2, chat=Chat(checkpoint, "You are good at sums.", True))
