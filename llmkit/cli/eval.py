@@ -104,8 +104,8 @@ def command(
     from llmkit.engines import open_engine
     from llmkit.eval_cache import open_cache
     from llmkit.eval_chat import Chat
+    from llmkit.eval_results import samples_path, write_results
     from llmkit.evaluation import Evaluation
-    from llmkit.files import write_json
 
     options = {
         "data": data,
@@ -136,11 +136,10 @@ def command(
         _run(evaluation, opened, file, cache)
     results = evaluation.results()
     if out is not None:
-        write_json(out, results)
-        ui.note(f"results: {out}, samples: {samples_path(out)}")
+        written = write_results(out, results, evaluation.lm_eval_names)
+        ui.note(f"results: {', '.join(map(str, written))}, samples: {samples_path(out)}")
     for name, missing in results["missing"].items():
-        for member, reason in missing.items():
-            ui.note(f"{name} is partial: {member} is missing, {reason}")
+        ui.note(f"{name} is partial, without {', '.join(missing)}: {next(iter(missing.values()))}")
     for name, count in evaluation.truncated.items():
         if count:
             ui.note(f"{name}: {count} documents were longer than the model's context and lost their beginning")
@@ -166,11 +165,6 @@ def _task_files(given: tuple[str, ...]) -> dict[str, dict[str, Path]]:
     return files
 
 
-def samples_path(out: Path) -> Path:
-    """`results.json` -> `results.samples.jsonl`."""
-    return out.with_name(f"{out.stem}.samples.jsonl")
-
-
 @contextlib.contextmanager
 def _samples_file(out: Path | None) -> Iterator[IO[str] | None]:
     """The file of samples, opened before the model is loaded, so that a place that cannot be written shows at once.
@@ -180,6 +174,8 @@ def _samples_file(out: Path | None) -> Iterator[IO[str] | None]:
     if out is None:
         yield None
         return
+    from llmkit.eval_results import samples_path
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with samples_path(out).open("a", encoding="utf-8") as file:
         yield file

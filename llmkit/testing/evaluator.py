@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmkit.evaluator import Answer, EvalContext, Evaluator, Generate, Likelihood, LogLikelihood, Request
+from llmkit.evaluator import Answer, EvalContext, Evaluator, Generate, Likelihood, Request, RollingLogLikelihood
 from llmkit.plugins import NAME
 from llmkit.testing.tiny import tiny_checkpoint
 
@@ -76,5 +76,5 @@ def _answer(request: Request) -> Answer:
     """A plausible answer, a function of the request alone."""
     if isinstance(request, Generate):
         return f" The answer is {len(request.prompt)}."
-    text = request.continuation if isinstance(request, LogLikelihood) else request.text
+    text = request.text if isinstance(request, RollingLogLikelihood) else request.continuation
     return Likelihood(-1.5 * max(1, len(text)), False, max(1, len(text)))
