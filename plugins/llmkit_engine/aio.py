@@ -52,6 +52,16 @@ class AsyncEngine:
         """The defect that ended the thread, if one did."""
         return self._failed
 
+    def load(self) -> dict[str, float]:
+        """How busy the engine is: requests that run and that wait, and the share of the cache that is in use."""
+        scheduler = self.engine.scheduler
+        running = scheduler.running
+        return {
+            "batch_size": running,
+            "queue_size": max(0, len(self._sinks) + len(self._todo) - running),
+            "kv_cache_usage": scheduler.blocks.used / scheduler.blocks.count,
+        }
+
     def start(self, request: GenerateRequest, sink: Sink) -> None:
         """Queue a request; `sink` gets its chunks in this coroutine's loop, or an exception as the last event.
 

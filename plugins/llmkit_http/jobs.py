@@ -141,6 +141,7 @@ class Job:
         self._news = asyncio.Event()
         self._started = time.perf_counter()
         admission.enter(len(self.samples))
+        metrics.started(model, self.prompt_tokens)
         for count, sample in enumerate(self.samples):
             try:
                 model.streams.start(sample.request, _Receiver(self, sample))
@@ -218,10 +219,12 @@ class Job:
                 self._open -= 1
             if self._streaming or not self._open:
                 self._news.set()
-        if not isinstance(event, Exception) and event.tokens:
-            self._metrics.tokens(self.model, len(event.tokens))
+        if not isinstance(event, Exception):
+            self._metrics.rate.add(len(event.tokens))
         if ended:
-            self._admission.leave(time.perf_counter() - self._started)
+            seconds = time.perf_counter() - self._started
+            self._admission.leave(seconds)
+            self._metrics.ended(self.model, sample.tokens, seconds)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, ValueError):  # a constraint that allows nothing more

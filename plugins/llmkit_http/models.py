@@ -16,6 +16,7 @@ from llmkit_http.errors import APIError, unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llmkit_http.constraints import Grammars
     from llmkit_http.options import HttpOptions
 
     Event = Chunk | Exception
@@ -33,6 +34,8 @@ class Streams(Protocol):
     def cancel(self, request_id: int) -> None: ...
 
     def close(self) -> None: ...
+
+    def load(self) -> dict[str, float]: ...
 
     @property
     def failed(self) -> Exception | None: ...
@@ -56,6 +59,13 @@ class Model:
         """Characters of the longest token: a longer text than this for each token of the context cannot fit."""
         tokenizer = self.checkpoint.tokenizer
         return max(len(tokenizer.decode_bytes([index])) for index in range(tokenizer.vocab_size))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """For constraints; made when the first is asked for. Raises APIError where the model cannot have any."""
+        from llmkit_http.constraints import Grammars
+
+        return Grammars(self.checkpoint.tokenizer, self.engine)
 
     @classmethod
     def load(cls, names: tuple[str, ...], checkpoint: Checkpoint, options: HttpOptions) -> Model:

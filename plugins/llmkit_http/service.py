@@ -11,10 +11,10 @@ from llmkit import __version__
 from llmkit_http.errors import bad_request
 from llmkit_http.jobs import Job
 from llmkit_http.limits import Admission
+from llmkit_http.metrics import Metrics
 
 if TYPE_CHECKING:
     from llmkit.engine import Constraint, Sampling
-    from llmkit_http.metrics import Metrics
     from llmkit_http.models import Model, Models
     from llmkit_http.options import HttpOptions
 
@@ -24,9 +24,10 @@ FINGERPRINT = f"llmkit-{__version__}"
 class Service:
     """One server's state, found by the endpoints through the request."""
 
-    def __init__(self, models: Models, options: HttpOptions, metrics: Metrics) -> None:
-        self.models, self.options, self.metrics = models, options, metrics
+    def __init__(self, models: Models, options: HttpOptions) -> None:
+        self.models, self.options = models, options
         self.admission = Admission(options.max_queue)
+        self.metrics = Metrics(models, self.admission)
 
     def check_n(self, n: int | None) -> int:
         """How many answers are asked for. Raises APIError beyond the limit."""

@@ -36,6 +36,10 @@ class ThreadedEngine:
         """The defect that ended the thread, if one did."""
         return self._failed
 
+    def load(self) -> dict[str, float]:
+        """How many requests run and wait."""
+        return {"batch_size": self.running, "queue_size": len(self._waiting)}
+
     def start(self, request: GenerateRequest, sink: Sink) -> None:
         """Queue a request, whose chunks go to `sink` in the running event loop. Raises ValueError."""
         self.engine.check(request)
