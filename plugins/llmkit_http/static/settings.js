@@ -3,7 +3,7 @@
 import { getKey, setKey } from "./api.js";
 import { $, setIcon } from "./dom.js";
 import { state } from "./state.js";
-import { saveSettings } from "./store.js";
+import { DEFAULTS, saveSettings } from "./store.js";
 
 const THEMES = { auto: "System theme", light: "Light theme", dark: "Dark theme" };
 
@@ -16,7 +16,7 @@ export function setUpSettings(onkey) {
   };
   $("#open-settings").addEventListener("click", () => { fill(); dialog.showModal(); });
   $("#reset-settings").addEventListener("click", () => {
-    state.settings = {};
+    state.settings = DEFAULTS;
     saveSettings(state.settings);
     fill();
   });

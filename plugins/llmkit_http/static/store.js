@@ -57,7 +57,8 @@ export function onOtherTab(listener) {
   });
 }
 
-export const loadSettings = () => read("llmkit.settings") ?? {};
+export const DEFAULTS = { temperature: 0.8 }; // plain sampling from a small model wanders; this stays lively
+export const loadSettings = () => read("llmkit.settings") ?? DEFAULTS;
 export const saveSettings = (settings) => write("llmkit.settings", settings);
 export const lastModel = () => localStorage.getItem("llmkit.model");
 export const rememberModel = (model) => localStorage.setItem("llmkit.model", model);
