@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from llmkit.component import missing_modules
 from llmkit.files import cache_dir, write_json
 
 RECORD = "llmkit-environment.json"
 TAIL = 12  # lines of an installer's messages that an error shows
+NOT_FOUND = "the package index has no fitting package for this Python and machine"
 
 Report = Callable[[str], None]
 
@@ -152,9 +154,11 @@ class _Installer:
             target, agree = ["--python", python], []
             self._call([self.uv, "venv", "--python", sys.executable, folder])
         else:
-            tool = [python, "-m", "pip", "--disable-pip-version-check"]
+            # Our own pip serves the new environment too; one in there would take seconds to unpack.
+            ours = not missing_modules(["pip"])
+            tool = [sys.executable, "-m", "pip", "--python", python] if ours else [python, "-m", "pip"]
             target, agree = [], ["--yes"]
-            self._call([sys.executable, "-m", "venv", folder])
+            self._call([sys.executable, "-m", "venv", *(["--without-pip"] if ours else []), folder])
         for step in plan:
             if isinstance(step, Remove):
                 self._call([*tool, "uninstall", *target, *agree, *step.packages])
@@ -163,13 +167,22 @@ class _Installer:
             try:
                 self._call(command)
             except InstallError as error:
-                if step.fallback_index is None or not _is_not_found(str(error)):
+                if step.fallback_index is None or NOT_FOUND not in str(error):
                     raise
                 self._call([*command, "--index-url", step.fallback_index])
-        self.report(f"importing {self.environment.module}")
+        return self._version()
+
+    def _version(self) -> str:
+        """The version of the environment's module, which is imported for it, since it may be installed and broken."""
         module = self.environment.module
-        lines = self._call([python, "-P", "-c", f"import {module}; print({module}.__version__)"])
-        return lines[-1].strip()
+        self.report(f"importing {module}")
+        code = (
+            "import sys\n"
+            f"try: import {module}\n"
+            "except Exception as error: sys.exit(f'{type(error).__name__}: {error}')\n"
+            f"print({module}.__version__)"
+        )
+        return self._call([str(self.environment.python), "-P", "-c", code])[-1].strip()
 
     def _call(self, command: list[str]) -> list[str]:
         """Run a command, its lines to the log and the report. Returns them; raises InstallError with the last ones."""
@@ -208,14 +221,6 @@ class _Installer:
         return lines
 
 
-def _is_not_found(text: str) -> bool:
-    """Do an installer's messages say that no index has the package? pip's words, then uv's."""
-    return (
-        re.search(r"No matching distribution|there is no version of|not found in the package registry", text)
-        is not None
-    )
-
-
 def _reason(lines: list[str]) -> str:
     """What went wrong, in a few words, from an installer's messages."""
     text = "\n".join(lines)
@@ -224,7 +229,7 @@ def _reason(lines: list[str]) -> str:
     if re.search(r"NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|dns error|Failed to fetch", text):
         return "the package index cannot be reached"
     if "ensurepip is not available" in text:
-        return "this Python has no venv (Debian: apt install python3-venv), and there is no uv"
-    if _is_not_found(text):
-        return "the package index has no fitting package for this Python and machine"
+        return "this Python has neither pip nor ensurepip (Debian: apt install python3-venv), and there is no uv"
+    if re.search(r"No matching distribution|was not found in the|there is no version of", text):
+        return NOT_FOUND
     return "the installer failed"

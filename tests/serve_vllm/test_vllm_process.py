@@ -15,16 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_vllm import make_python
 
 from llmkit.testing import tiny_checkpoint
 
-PATIENCE = 60.0  # until something that should happen at once has not happened
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    return make_python(tmp_path_factory.mktemp("fake") / "venv")
+PATIENCE = 120.0  # until something that should happen at once has not happened
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +75,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def serve(tmp_path, python, checkpoint) -> Iterator[Callable[..., Serving]]:
+def serve(tmp_path, fake_python, checkpoint) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
     def start(*args: str, mode: str = "", **extra: str) -> Serving:
-        started.append(Serving(tmp_path, python, checkpoint, *args, mode=mode, **extra))
+        started.append(Serving(tmp_path, fake_python, checkpoint, *args, mode=mode, **extra))
         return started[-1]
 
     yield start
@@ -176,9 +170,9 @@ def test_verbose_shows_the_log(serve):
 # --- refused before anything is started
 
 
-def test_bad_usage(run_cli, python, checkpoint, tmp_path):
+def test_bad_usage(run_cli, fake_python, checkpoint, tmp_path):
     def refused(*args: object, code: int = 1, **extra: str) -> str:
-        environment = {**os.environ, "LLMKIT_VLLM_PYTHON": str(python), **extra}
+        environment = {**os.environ, "LLMKIT_VLLM_PYTHON": str(fake_python), **extra}
         return run_cli("serve", "--server", "vllm", *args, code=code, env=environment).stderr
 
     other = tiny_checkpoint(tmp_path / "other", width=64, seed=1).path

@@ -1,15 +1,20 @@
-"""A stand-in for vLLM's server: the command line, /health, a worker process, and ways to fail, started in a moment.
+"""vLLM for tests: the real one in its environment, and a stand-in for its server that starts in a moment.
 
-What it shows is how llmkit starts, watches and ends such a program; test_vllm_server.py runs the real one.
+The stand-in has the command line, /health, a worker process, and ways to fail: enough to see how llmkit starts, watches
+and ends such a program.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-SERVER = '''
+import platformdirs
+import pytest
+
+SERVER = """
 import json, os, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import entry_points
@@ -49,11 +54,28 @@ server = ThreadingHTTPServer((options["host"], int(options["port"])), Handler)
 if mode == "dies":
     threading.Timer(1, lambda: os._exit(3)).start()
 server.serve_forever()
-'''
+"""
 
 
-def make_python(folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The Python of a real vLLM, in the environment that `llmkit plugins install vllm` makes: once, minutes, 3.5 GB."""
+    if named := os.environ.get("LLMKIT_VLLM_PYTHON"):
+        return Path(named)
+    cache = platformdirs.user_cache_path("llmkit-tests")
+    command = [sys.executable, "-m", "llmkit", "plugins", "install", "vllm"]
+    done = subprocess.run(
+        command, env={**os.environ, "LLMKIT_CACHE_DIR": str(cache)}, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"vLLM cannot be installed here: {done.stderr}")
+    return cache / "environments" / "vllm" / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def fake_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has the stand-in as its `vllm`."""
+    folder = tmp_path_factory.mktemp("fake") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     package = site / "vllm" / "entrypoints" / "openai"
