@@ -70,12 +70,16 @@ class EmbeddedEngine(Engine):
         step_tokens: int = STEP_TOKENS,
         max_running: int = MAX_RUNNING,
         threads: int | None = None,
+        fp32_inputs: bool | None = None,
     ) -> Self:
         """Load a checkpoint: `dtype` fp32 or bf16 for the weights (arithmetic is fp32), `quantize` None or int8.
 
         `cache_bytes` is all that keys and values ever take; where it holds less than the model's context, the context
         length is what it holds. `step_tokens` bounds the tokens of a step, `max_running` the requests that run at
-        once. Raises UnsupportedModel for an architecture that it does not know, CheckpointError for missing or damaged
+        once. `fp32_inputs`: where the processor multiplies bf16 or bytes, the inputs of products with bf16 or int8
+        weights are rounded to that, unless this is true (None: unless LLMKIT_ENGINE_FP32_INPUTS is 1).
+
+        Raises UnsupportedModel for an architecture that it does not know, CheckpointError for missing or damaged
         weights, BuildError where the library cannot be compiled, ValueError for another parameter.
         """
         try:
@@ -109,7 +113,7 @@ class EmbeddedEngine(Engine):
             raise ValueError(f"cache_bytes is {cache_bytes}, but one block of this model takes {block_bytes}")
         context = min(spec.context, blocks * KV_BLOCK)
         many = threads or library().lk_threads()
-        weights = Weights(checkpoint, spec, dtype=dtype, quantize=quantize, threads=many)
+        weights = Weights(checkpoint, spec, dtype=dtype, quantize=quantize, fp32_inputs=fp32_inputs, threads=many)
         if threads is None and weights.bytes < SMALL_MODEL:
             many = 1
         rows = min(STEP_ROWS, step_tokens)

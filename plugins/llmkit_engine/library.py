@@ -15,7 +15,7 @@ from llmkit_engine.build import build
 KV_BLOCK = 16  # tokens in a block of the cache, as in engine.h
 
 #: how weights are stored, as in engine.h
-F32, BF16, INT8, F16 = range(4)
+F32, BF16, INT8, F16, PAIRS, BYTES = range(6)
 NORMS = {"layer": 0, "rms": 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
@@ -91,6 +91,7 @@ def _load(path: str) -> Any:
     library = ctypes.CDLL(path)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "lk_panel": (c_int64, []),
+        "lk_kinds": (c_int, []),
         "lk_packed_bytes": (c_int64, [c_int64, c_int64, c_int64]),
         "lk_pack": (
             c_int,

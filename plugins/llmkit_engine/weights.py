@@ -7,6 +7,7 @@ token embedding stays where it lies in the file, since a step reads a few rows o
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 KINDS = {"F32": lib.F32, "BF16": lib.BF16, "F16": lib.F16}
-BYTES_ALIGNED = 2**21  # matrices begin at a huge page, where the system gives those
+LINE = 64  # bytes of a cache line, at which matrices begin
+FP32_INPUTS = "LLMKIT_ENGINE_FP32_INPUTS"  # environment variable
 
 
 class Weights:
@@ -36,13 +38,26 @@ class Weights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, *, dtype: str, quantize: str | None, threads: int
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        dtype: str,
+        quantize: str | None,
+        fp32_inputs: bool | None,
+        threads: int,
     ) -> None:
-        """Read and pack. Raises CheckpointError for missing tensors, or tensors of other shapes or types."""
+        """Read and pack. Raises CheckpointError for missing tensors, or tensors of other shapes or types.
+
+        `fp32_inputs`: do not round what is multiplied with bf16 or int8 weights, although the processor has
+        instructions for that; None: as the environment variable says.
+        """
         self._checkpoint, self._spec, self._threads = checkpoint, spec, threads
         self._bf16, self._int8 = dtype == "bf16", quantize == "int8"
+        exact = os.environ.get(FP32_INPUTS, "0") not in ("", "0") if fp32_inputs is None else fp32_inputs
+        kinds = 0 if exact else library().lk_kinds()
+        self._pairs, self._bytes = bool(kinds & 1), bool(kinds & 2)
         self._kept: list[Array] = []  # what C points at
-        self.bytes = 0
         files = checkpoint.weights
         self._names: Mapping[str, str] = {
             **{f"{spec.base_prefix}{name}": name for name in files},
@@ -52,6 +67,13 @@ class Weights:
 
     def _build(self) -> lib.Model:
         spec = self._spec
+        head = Linear((spec.head or spec.embedding,), (spec.vocab,), spec.width)
+        linears = [linear for block in spec.blocks for linear in (block.qkv, block.out, block.up, block.down)]
+        # One piece of memory for all, which the system can give in huge pages: reading weights is most of a step, and
+        # looking up small pages would be a part of that.
+        self.bytes = sum(map(self._packed_bytes, [*linears, head]))
+        space = np.zeros(self.bytes + LINE, dtype=np.uint8)
+        self._space = space[-space.ctypes.data % LINE :]
         layers = (lib.Layer * len(spec.blocks))()
         for layer, block in zip(layers, spec.blocks):
             for index, norm in ((1, block.norm1), (2, block.norm2)):
@@ -86,7 +108,7 @@ class Weights:
             layer=ctypes.cast(layers, ctypes.POINTER(lib.Layer)),
             final_w=final_w,
             final_b=final_b,
-            head=self._pack(Linear((spec.head or spec.embedding,), (spec.vocab,), spec.width)),
+            head=self._pack(head),
             embedding=embedding.ctypes.data,
             positions=None if positions is None else positions.ctypes.data,
         )
@@ -122,18 +144,30 @@ class Weights:
         self._kept.append(np.concatenate([self._float(name, (size,)) for name, size in zip(names, sizes)]))
         return int(self._kept[-1].ctypes.data)
 
+    def _parts(self, linear: Linear) -> list[Array]:
+        shapes = [(linear.inputs, n) if linear.transposed else (n, linear.inputs) for n in linear.outputs]
+        return [self._stored(name, shape) for name, shape in zip(linear.weights, shapes)]
+
+    def _kind(self, linear: Linear) -> int:
+        if self._int8:
+            return lib.BYTES if self._bytes else lib.INT8
+        if self._bf16:
+            return lib.PAIRS if self._pairs else lib.BF16
+        # bf16 weights widen exactly, so they stay bf16 whatever the arithmetic.
+        return lib.BF16 if all(part.dtype == np.uint16 for part in self._parts(linear)) else lib.F32
+
+    def _packed_bytes(self, linear: Linear) -> int:
+        """Of one linear layer, in whole cache lines."""
+        size: int = library().lk_packed_bytes(sum(linear.outputs), linear.inputs, self._kind(linear))
+        return -(-size // LINE) * LINE
+
     def _pack(self, linear: Linear) -> lib.Packed:
         """A linear layer in the form that its products read."""
-        outputs, inputs = sum(linear.outputs), linear.inputs
-        shapes = [(inputs, n) if linear.transposed else (n, inputs) for n in linear.outputs]
-        parts = [self._stored(name, shape) for name, shape in zip(linear.weights, shapes)]
-        # bf16 weights widen exactly, so they stay bf16 whatever the arithmetic.
-        narrow = self._bf16 or all(part.dtype == np.uint16 for part in parts)
-        kind = lib.INT8 if self._int8 else lib.BF16 if narrow else lib.F32
-        data = self._memory(library().lk_packed_bytes(outputs, inputs, kind))
-        scale = np.zeros(outputs, dtype=np.float32) if kind == lib.INT8 else None
+        outputs, inputs, kind, size = sum(linear.outputs), linear.inputs, self._kind(linear), self._packed_bytes(linear)
+        data, self._space = self._space[:size], self._space[size:]
+        scale = np.zeros(outputs, dtype=np.float32) if self._int8 else None
         at = 0
-        for part, count in zip(parts, linear.outputs):
+        for part, count in zip(self._parts(linear), linear.outputs):
             source = {"float32": lib.F32, "uint16": lib.BF16, "float16": lib.F16}[part.dtype.name]
             strides = (1, count) if linear.transposed else (inputs, 1)
             failed = library().lk_pack(
@@ -155,10 +189,3 @@ class Weights:
         bias = self._vector(linear.biases, linear.outputs) if linear.biases else None
         scale_at = None if scale is None else scale.ctypes.data
         return lib.Packed(n=outputs, k=inputs, kind=kind, data=data.ctypes.data, scale=scale_at, bias=bias)
-
-    def _memory(self, size: int) -> Array:
-        """Zeroed memory at a cache line."""
-        self.bytes += size
-        raw = np.zeros(size + 64, dtype=np.uint8)
-        first = -raw.ctypes.data % 64
-        return raw[first : first + size]

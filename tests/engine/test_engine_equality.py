@@ -156,7 +156,7 @@ def test_bf16_weights_give_fp32_results_exactly(tmp_path: Path) -> None:
     """bf16 weights widen without loss, so asking for fp32 changes nothing."""
     checkpoint = tiny_llama(tmp_path / "llama", dtype="bf16")
     requests = [ScoreRequest(i, prompt, (5, 6)) for i, prompt in enumerate(prompts(200, 5))]
-    with EmbeddedEngine.open(checkpoint) as a, EmbeddedEngine.open(checkpoint, dtype="fp32") as b:
+    with EmbeddedEngine.open(checkpoint, fp32_inputs=True) as a, EmbeddedEngine.open(checkpoint, dtype="fp32") as b:
         assert (a.dtype, b.dtype) == ("bf16", "fp32")
         assert {r.id: r for r in a.score(requests)} == {r.id: r for r in b.score(requests)}
 
@@ -189,7 +189,7 @@ def test_int8_is_its_rounded_weights(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "b", config=checkpoint.config, weights=rounded, tokenizer=None, provenance={})
     requests = [ScoreRequest(i, prompt, prompt) for i, prompt in enumerate(prompts(200, 5))]
     with (
-        EmbeddedEngine.open(checkpoint, quantize="int8") as int8,
+        EmbeddedEngine.open(checkpoint, quantize="int8", fp32_inputs=True) as int8,
         EmbeddedEngine.open(Checkpoint.open(tmp_path / "b")) as exact,
     ):
         expected = {result.id: result for result in exact.score(requests)}

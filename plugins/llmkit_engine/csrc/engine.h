@@ -10,7 +10,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "gemm_kernel.h" // vf and its operations, NR, NRV
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "gemm_kernel.h" // vf and its operations, NR, NRV, dpbf16
 
 #define KV_BLOCK 16 // tokens in a block of the cache; a whole number of vectors on every machine
 _Static_assert(KV_BLOCK % VL == 0, "a block of keys is a whole number of vectors");
@@ -26,7 +30,7 @@ _Static_assert(KV_BLOCK % VL == 0, "a block of keys is a whole number of vectors
 #define TILE 4
 #endif
 
-enum { LK_F32 = 0, LK_BF16 = 1, LK_INT8 = 2, LK_F16 = 3 };
+enum { LK_F32 = 0, LK_BF16 = 1, LK_INT8 = 2, LK_F16 = 3, LK_PAIRS = 4, LK_BYTES = 5 }; // the last two: see pack.c
 enum { LK_NORM_LAYER = 0, LK_NORM_RMS = 1 };
 enum { LK_ACT_SILU = 0, LK_ACT_GELU_TANH = 1, LK_ACT_GELU = 2, LK_ACT_RELU = 3 };
 
@@ -89,15 +93,44 @@ static inline float *kv_at(const Run *r, int64_t layer, int64_t block, int64_t h
     int64_t each = kv_floats(r->model->head_dim);
     return r->step->cache + ((layer * r->step->blocks + block) * r->model->kv_heads + head) * each;
 }
-// Inputs are padded to a whole number of pairs.
-static inline int64_t pad_k(int64_t k) { return (k + 1) / 2 * 2; }
+// Products of bytes: one instruction adds 4 products of bytes without a sign (u) and with one (s) to each 32-bit sum.
+#if defined(__AVX512VNNI__) && VL == 16
+#define LK_DPBUSD 1
+INLINE vi dpbusd(vi sum, vi u, vi s) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s); }
+#elif defined(__AVXVNNI__) && VL == 8
+#define LK_DPBUSD 1
+INLINE vi dpbusd(vi sum, vi u, vi s) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)s); }
+#elif defined(LK_EMULATE_DPBUSD) // the same arithmetic in plain code, so that the tests can run this path anywhere
+#define LK_DPBUSD 1
+INLINE vi dpbusd(vi sum, vi u, vi s) {
+    for (int at = 0; at < 32; at += 8) sum += (u >> at & 255) * (s << (24 - at) >> 24);
+    return sum;
+}
+#else
+#define LK_DPBUSD 0
+INLINE vi dpbusd(vi sum, vi u, vi s) { return sum + u * s; } // never called: see lk_kinds
+#endif
 
-// A product's input: M rows, cut into blocks of at most TILE of about the same size; block b holds (k, rows of b).
+#define GROUP 32 // inputs of a row that share a scale, where products are of bytes
+// A product's inputs are padded with zeros to a whole number of pairs or groups.
+static inline int64_t pad_k(int64_t k, int64_t kind) { return kind == LK_BYTES ? ceil_div(k, GROUP) * GROUP : ceil_div(k, 2) * 2; }
+static inline int64_t panel_bytes(int64_t k, int64_t kind) {
+    int64_t each = kind == LK_F32 ? 4 : kind == LK_BF16 || kind == LK_PAIRS ? 2 : 1;
+    return pad_k(k, kind) * NR * each;
+}
+// 32-bit units of one row of a product's input, see prologue.c
+static inline int64_t input_units(int64_t k, int64_t kind) {
+    int64_t padded = pad_k(k, kind);
+    return kind == LK_BYTES ? padded / 4 + padded / GROUP * 2 : kind == LK_PAIRS ? padded / 2 : padded;
+}
+
+// A product's input: M rows, cut into blocks of at most TILE of about the same size.
 static inline int64_t tile_blocks(int64_t rows) { return ceil_div(rows, TILE); }
 static inline int64_t tile_first(int64_t rows, int64_t block) { return rows * block / tile_blocks(rows); }
 
 enum { IN_COPY = 0, IN_NORM = 1, IN_ACTIVATION = 2 };
 typedef struct {
+    int64_t kind; // of the weights
     int op;
     const float *source;
     int64_t ld, k;

@@ -25,7 +25,7 @@ Run *lk_open(const Model *m, int64_t max_tokens, int64_t max_rows, int64_t max_c
     Run *r = lk_zeroed(sizeof *r);
     if (!r) return NULL;
     int64_t wide = m->ffn * (m->gated ? 2 : 1), deep = m->ffn > m->heads * m->head_dim ? m->ffn : m->heads * m->head_dim;
-    deep = pad_k(deep > m->width ? deep : m->width);
+    deep = pad_k(deep > m->width ? deep : m->width, LK_BYTES); // no kind needs more
     r->model = m, r->wanted = threads;
     r->max_tokens = max_tokens, r->max_rows = max_rows, r->max_context = max_context;
     r->scratch_floats = (size_t)ceil_div(lk_attention_floats(m, max_context), 16) * 16;
@@ -95,19 +95,19 @@ static void forward(Run *r) {
     MEET;
     for (int64_t l = 0; l < m->layers; l++) {
         const Layer *layer = &m->layer[l];
-        INPUT(IN_NORM, r->x, C, C, NULL, layer->norm1_w, layer->norm1_b);
+        INPUT(layer->qkv.kind, IN_NORM, r->x, C, C, NULL, layer->norm1_w, layer->norm1_b);
         lk_product(r, &layer->qkv, M, r->qkv, qkv, 0, thread, c), MEET;
         lk_rotate(r, l, thread), MEET;
         lk_attention(r, l, thread, c), MEET;
-        INPUT(IN_COPY, r->att, attended, attended, NULL, NULL, NULL);
+        INPUT(layer->out.kind, IN_COPY, r->att, attended, attended, NULL, NULL, NULL);
         lk_product(r, &layer->out, M, r->x, C, 1, thread, c), MEET;
-        INPUT(IN_NORM, r->x, C, C, NULL, layer->norm2_w, layer->norm2_b);
+        INPUT(layer->up.kind, IN_NORM, r->x, C, C, NULL, layer->norm2_w, layer->norm2_b);
         lk_product(r, &layer->up, M, r->wide, wide, 0, thread, c), MEET;
-        INPUT(IN_ACTIVATION, r->wide, wide, m->ffn, NULL, NULL, NULL);
+        INPUT(layer->down.kind, IN_ACTIVATION, r->wide, wide, m->ffn, NULL, NULL, NULL);
         lk_product(r, &layer->down, M, r->x, C, 1, thread, c), MEET;
     }
     if (st->rows) {
-        lk_prologue(r, &(Input){IN_NORM, r->x, C, C, st->row, m->final_w, m->final_b}, st->rows, thread), MEET;
+        lk_prologue(r, &(Input){m->head.kind, IN_NORM, r->x, C, C, st->row, m->final_w, m->final_b}, st->rows, thread), MEET;
         lk_product(r, &m->head, st->rows, st->logits, m->vocab, 0, thread, c);
     }
 }

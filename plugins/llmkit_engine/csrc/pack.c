@@ -1,8 +1,10 @@
-// Defines: lk_pack, lk_packed_bytes, lk_panel: weights in the order in which the products read them.
+// Defines: lk_pack, lk_packed_bytes, lk_panel, lk_kinds: weights in the order in which the products read them.
 //
 // A panel holds NR outputs over all k, so that a product streams it from front to back. fp32: (k, NR) floats. bf16: (k / 2, NR)
 // units of 32 bits, the lower half the even k and the upper half the odd one; widening is then one shift or one mask.
 // int8: (k, NR) bytes, with one scale for each output: max |w| / 127 (symmetric, no zero point).
+// Two kinds are for processors with instructions that multiply narrow inputs too. Pairs: as bf16. Bytes: int8 + 128, in units
+// of 4 consecutive k, (k / 4, NR, 4): the instruction's first factor has no sign, see product.c.
 #include <math.h>
 #include <stdlib.h>
 
@@ -11,11 +13,10 @@
 
 int64_t lk_panel(void) { return NR; }
 
-int64_t lk_packed_bytes(int64_t n, int64_t k, int64_t kind) {
-    int64_t panels = ceil_div(n, NR);
-    if (kind == LK_BF16) return panels * (pad_k(k) / 2) * NR * 4;
-    return panels * pad_k(k) * NR * (kind == LK_INT8 ? 1 : 4);
-}
+// Which of the kinds that need instructions of their own this library has: 1 pairs, 2 bytes.
+int lk_kinds(void) { return LLMC_DPBF16 | LK_DPBUSD << 1; }
+
+int64_t lk_packed_bytes(int64_t n, int64_t k, int64_t kind) { return ceil_div(n, NR) * panel_bytes(k, kind); }
 
 static float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023, bits;
@@ -45,7 +46,7 @@ static void gather(float *dest, const void *source, int64_t dtype, int64_t first
 static void place(char *panel, int64_t lane, const float *row, int64_t k, int64_t kind, float *scale) {
     if (kind == LK_F32) {
         for (int64_t i = 0; i < k; i++) ((float *)panel)[i * NR + lane] = row[i];
-    } else if (kind == LK_BF16) {
+    } else if (kind == LK_BF16 || kind == LK_PAIRS) {
         bf16 *dest = (bf16 *)panel + 2 * lane;
         for (int64_t i = 0; i < k; i++) dest[i / 2 * 2 * NR + i % 2] = bf16_from_float(row[i]);
     } else {
@@ -53,7 +54,8 @@ static void place(char *panel, int64_t lane, const float *row, int64_t k, int64_
         for (int64_t i = 0; i < k; i++) top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
         *scale = top / 127;
         float inverse = top > 0 ? 127 / top : 0;
-        for (int64_t i = 0; i < k; i++) ((int8_t *)panel)[i * NR + lane] = (int8_t)lrintf(row[i] * inverse);
+        if (kind == LK_INT8) for (int64_t i = 0; i < k; i++) ((int8_t *)panel)[i * NR + lane] = (int8_t)lrintf(row[i] * inverse);
+        else for (int64_t i = 0; i < k; i++) ((uint8_t *)panel)[(i / 4 * NR + lane) * 4 + i % 4] = (uint8_t)(lrintf(row[i] * inverse) + 128);
     }
 }
 
@@ -61,7 +63,7 @@ static void place(char *panel, int64_t lane, const float *row, int64_t k, int64_
 // i * out_stride and its inputs are in_stride values apart. `dest` must be zero beforehand. Returns 0, or -1 without memory.
 int lk_pack(void *dest, float *scale, int64_t kind, int64_t at, const void *source, int64_t dtype, int64_t n, int64_t k,
             int64_t out_stride, int64_t in_stride, int threads) {
-    int64_t panel_bytes = lk_packed_bytes(NR, k, kind), first = at / NR, panels = ceil_div(at + n, NR) - first;
+    int64_t each = panel_bytes(k, kind), first = at / NR, panels = ceil_div(at + n, NR) - first;
     int failed = 0;
     LLMC_PARALLEL(threads) {
         float *rows = malloc((size_t)(k * NR) * sizeof(float));
@@ -76,7 +78,7 @@ int lk_pack(void *dest, float *scale, int64_t kind, int64_t at, const void *sour
                 for (int64_t i = 0; i < k; i++)
                     for (int64_t j = from; j < to; j++) rows[(j - from) * k + i] = weight_at(source, dtype, (j - at) * out_stride + i * in_stride);
             for (int64_t j = from; j < to; j++)
-                place((char *)dest + p * panel_bytes, j % NR, rows + (j - from) * k, k, kind, scale ? scale + j : NULL);
+                place((char *)dest + p * each, j % NR, rows + (j - from) * k, k, kind, scale ? scale + j : NULL);
         }
         free(rows);
     }

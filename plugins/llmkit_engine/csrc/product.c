@@ -6,10 +6,6 @@
 // it is the same for any number of rows. With few rows, several panels at once keep enough sums in flight.
 #include <stdatomic.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "engine.h"
 
 #define PANELS 4 // most panels in one tile
@@ -28,14 +24,57 @@ INLINE vf vf_load_int8(const int8_t *p) {
 #endif
 }
 
-// c (mr, np * NR) = sum over k of x (k, mr) * w (np panels, k, NR)
+#define MOST (TILE > 6 ? TILE * NRV : 6 * NRV) // sums of one tile: TILE rows of a panel, or 3 rows of two
+#define LK_EACH(i, j) _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
+
+INLINE vi vi_set(int32_t x) { return x - (vi){0}; }
+
+// Adds up the units of `steps` steps: each has mr units of x, and one of w for each output.
+INLINE void add_units(const int mr, const int width, const int kind, int64_t steps, const int32_t *restrict x, const char *restrict w,
+                      int64_t stride, int64_t ahead, vf *acc, vi *sum) {
+    for (int64_t s = 0; s < steps; s++, x += mr, w += NR * 4) {
+        vi unit[PANELS * NRV];
+        _Pragma("GCC unroll 8") for (int j = 0; j < width; j++) {
+            const char *p = w + (j / NRV) * stride + (j % NRV) * VL * 4;
+            memcpy(&unit[j], p, sizeof unit[j]);
+            __builtin_prefetch(p + ahead);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+            vi v = vi_set(x[i]);
+            VF_PIN(v);
+            _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
+                if (kind == LK_PAIRS) acc[i * width + j] = dpbf16(acc[i * width + j], (vf)v, (vf)unit[j]);
+                else sum[i * width + j] = dpbusd(sum[i * width + j], unit[j], v);
+        }
+    }
+}
+
+// The sums of a group are whole numbers, so exact; they are scaled and added in floats, group after group.
+INLINE void add_groups(const int mr, const int width, int64_t groups, const int32_t *restrict x, const char *restrict w, int64_t stride,
+                       int64_t ahead, vf *acc) {
+    for (int64_t g = 0; g < groups; g++, x += mr * (2 + GROUP / 4), w += GROUP * NR) {
+        vi sum[MOST];
+        LK_EACH(i, j) sum[i * width + j] = vi_set(x[mr + i]);
+        add_units(mr, width, LK_BYTES, GROUP / 4, x + 2 * mr, w, stride, ahead, NULL, sum);
+        _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) {
+            vf scale = vf_set(((const float *)(const void *)x)[i]);
+            _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
+                acc[i * width + j] += __builtin_convertvector(sum[i * width + j], vf) * scale;
+        }
+    }
+}
+
+// c (mr, np * NR) = sum over k of x (k, mr) * w (np panels, k, NR); see prologue.c and pack.c for how the two lie in memory
 INLINE void tile(const int mr, const int np, const int kind, int64_t k, const float *restrict x, const char *restrict w, int64_t stride,
                  int64_t ahead, float *restrict c) {
-    vf acc[TILE * NRV > PANELS * NRV ? TILE * NRV : PANELS * NRV];
+    vf acc[MOST];
     const int width = np * NRV;
-#define LK_EACH(i, j) _Pragma("GCC unroll 16") for (int i = 0; i < mr; i++) _Pragma("GCC unroll 8") for (int j = 0; j < width; j++)
     LK_EACH(i, j) acc[i * width + j] = vf_set(0);
-    if (kind == LK_BF16) {
+    if (kind == LK_PAIRS) {
+        add_units(mr, width, kind, k / 2, (const int32_t *)(const void *)x, w, stride, ahead, acc, NULL);
+    } else if (kind == LK_BYTES) {
+        add_groups(mr, width, k / GROUP, (const int32_t *)(const void *)x, w, stride, ahead, acc);
+    } else if (kind == LK_BF16) {
         const vi upper = (vi){0} + (int32_t)0xffff0000;
         for (int64_t s = 0; s < k / 2; s++, x += 2 * mr, w += NR * 4) {
             vi raw[PANELS * NRV];
@@ -101,6 +140,12 @@ static void tile_bf16(int mr, int np, int64_t k, const float *x, const char *w, 
 #define LK_KIND LK_INT8
 static void tile_int8(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
 #undef LK_KIND
+#define LK_KIND LK_PAIRS
+static void tile_pairs(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
+#undef LK_KIND
+#define LK_KIND LK_BYTES
+static void tile_bytes(int mr, int np, int64_t k, const float *x, const char *w, int64_t stride, int64_t ahead, float *c) { LK_TILES }
+#undef LK_KIND
 
 // Panels that one tile of `rows` rows takes.
 static int64_t panels_at_once(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -132,22 +177,22 @@ static int64_t take(_Atomic int64_t *next, int64_t total, int threads, int64_t *
 
 void lk_product(Run *r, const Packed *w, int64_t rows, float *out, int64_t ld, int accumulate, int thread, int counter) {
     (void)thread;
-    int64_t k = pad_k(w->k), panels = ceil_div(w->n, NR), blocks = tile_blocks(rows);
-    int64_t stride = k * NR * (w->kind == LK_INT8 ? 1 : w->kind == LK_BF16 ? 2 : 4);
-    float sums[(TILE > PANELS ? TILE : PANELS) * NR * 2] __attribute__((aligned(64)));
+    static void (*const tiles[])(int, int, int64_t, const float *, const char *, int64_t, int64_t, float *) = {
+        [LK_F32] = tile_f32, [LK_BF16] = tile_bf16, [LK_INT8] = tile_int8, [LK_PAIRS] = tile_pairs, [LK_BYTES] = tile_bytes};
+    int64_t k = pad_k(w->k, w->kind), units = input_units(w->k, w->kind), panels = ceil_div(w->n, NR), blocks = tile_blocks(rows);
+    int64_t stride = panel_bytes(w->k, w->kind);
+    float sums[MOST * VL] __attribute__((aligned(64)));
     int64_t from, to, most = panels_at_once(ceil_div(rows, blocks));
     while ((to = take(&r->next[counter], panels, r->threads, &from)) > from)
         for (int64_t p = from, np; p < to; p += np) {
             np = to - p < most ? to - p : most;
             for (int64_t b = 0; b < blocks; b++) {
                 int64_t m0 = tile_first(rows, b), mr = tile_first(rows, b + 1) - m0;
-                const float *x = r->packed + m0 * k;
+                const float *x = r->packed + m0 * units;
                 const char *data = (const char *)w->data + p * stride;
                 // The first block waits for memory; the second, while it computes, asks for the panels after these.
                 int64_t ahead = b == 1 ? np * stride : AHEAD;
-                if (w->kind == LK_BF16) tile_bf16((int)mr, (int)np, k, x, data, stride, ahead, sums);
-                else if (w->kind == LK_INT8) tile_int8((int)mr, (int)np, k, x, data, stride, ahead, sums);
-                else tile_f32((int)mr, (int)np, k, x, data, stride, ahead, sums);
+                tiles[w->kind]((int)mr, (int)np, k, x, data, stride, ahead, sums);
                 finish(w, sums, mr, p * NR, np * NR, out + m0 * ld, ld, accumulate);
             }
         }
