@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Sample:
     requests: Sequence[Request]
     answers: Sequence[Answer]
     scores: Mapping[str, float]
+    parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A line of the samples file, with lm-eval's names."""
@@ -52,6 +53,7 @@ class Sample:
             "arguments": [asdict(request) for request in self.requests],
             "resps": [asdict(answer) if isinstance(answer, Likelihood) else answer for answer in self.answers],
             "scores": dict(self.scores),
+            **({"parts": list(self.parts)} if self.parts else {}),
         }
 
 
@@ -182,9 +184,10 @@ class Evaluation:
 
     def _sample(self, finished: OpenDocument, scores: Mapping[str, float]) -> Sample:
         self._scores[finished.task][finished.index] = scores
-        self._parts[finished.task][finished.index] = self.tasks[finished.task].parts(finished.document)
+        parts = self._parts[finished.task][finished.index] = self.tasks[finished.task].parts(finished.document)
         self.truncated[finished.task] += finished.truncated
-        return Sample(finished.task, finished.index, finished.document, finished.requests, finished.answers(), scores)
+        answers = finished.answers()
+        return Sample(finished.task, finished.index, finished.document, finished.requests, answers, scores, parts)
 
     def running(self, task: str) -> dict[str, float]:
         """The task's metrics over the documents that are finished."""
@@ -234,6 +237,8 @@ class Evaluation:
             "versions": {name: task.version for name, task in owners.items()},
             "n-shot": {name: task.shots for name, task in owners.items() if not isinstance(task, Suite)},
             "higher_is_better": {name: dict(task.higher_is_better) for name, task in owners.items()},
+            "n-samples": {name: self._sizes(name, int(row["n"])) for name, row in results.items()},
+            "group_subtasks": self._subtasks(),
             "missing": {name: suite.missing for name, suite in self.suites.items() if suite.missing},
             "truncated": self.truncated,
             "config": {
@@ -254,6 +259,25 @@ class Evaluation:
             "cached": self.cached,
             "seconds": round(self._seconds, 3),
         }
+
+    def _sizes(self, name: str, n: int) -> dict[str, int]:
+        """How many documents there are, where that is known, and how many of them were taken."""
+        documents = self._documents.get(name)
+        return {"original": len(documents) if isinstance(documents, Sized) else n, "effective": n}
+
+    def _subtasks(self) -> dict[str, list[str]]:
+        """Suite -> members, task -> its largest parts, part -> the parts in it."""
+        found: dict[str, set[str]] = {name: set(members) for name, members in self._members.items()}
+        for name, by_index in self._parts.items():
+            for parts in set(by_index.values()):
+                for part, whole in pairwise((*parts, name)):
+                    found.setdefault(whole, set()).add(part)
+        return {name: sorted(parts) for name, parts in found.items()}
+
+    @property
+    def lm_eval_names(self) -> dict[str, Mapping[str, str]]:
+        """Task -> metric -> lm-eval's name."""
+        return {name: task.lm_eval_names for name, task in self.tasks.items()}
 
 
 def _together(parts: Sequence[tuple[dict[str, Metric], int]]) -> tuple[dict[str, Metric], int]:

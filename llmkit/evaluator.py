@@ -161,12 +161,14 @@ class Evaluator(Component, ABC):
         version: raised whenever prompts, data or scoring change; it is part of the results.
         higher_is_better: metric -> direction, for reports.
         num_fewshot: how many examples stand before the question where the user does not say.
+        lm_eval_names: metric -> its name in lm-eval's results, where that is not `metric,none`.
         scores_in_threads: `score` waits for other programs, so it is called in threads while the model goes on.
     """
 
     version: ClassVar[str] = "1"
     higher_is_better: ClassVar[Mapping[str, bool]] = {}
     num_fewshot: ClassVar[int] = 0
+    lm_eval_names: ClassVar[Mapping[str, str]] = {}
     scores_in_threads: ClassVar[bool] = False
 
     def __init__(self, context: EvalContext) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 from llmkit.checkpoint import Checkpoint
 from llmkit.component import install_hint, missing_modules
+from llmkit.eval_compare import section
+from llmkit.eval_results import results_of_run
 from llmkit.files import write_text
+from llmkit.markdown import table
 from llmkit.run import Run
 
 PICTURE = "loss.png"
@@ -19,8 +22,8 @@ REPORT = "report.md"
 def write_report(run: Run, out: Path | None = None, *, results: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write report.md, and the picture beside it, into the run (or `out`, a Markdown file); returns its path.
 
-    `results` are results of `llmkit eval` to show. Raises ValueError where there is no run, or it has no metrics yet.
-    Without matplotlib the picture is left out, and the report says so.
+    `results` are results of an evaluation to show, besides those in the run's folder `evals`. Raises ValueError where
+    there is no run, or it has no metrics yet. Without matplotlib the picture is left out, and the report says so.
     """
     config = run.config()
     metrics = run.metrics()
@@ -40,9 +43,11 @@ def write_report(run: Run, out: Path | None = None, *, results: Sequence[Mapping
     ]
     if results:
         sections.append("## Evaluation\n\n" + _results(results))
+    if found := results_of_run(run.path):
+        sections.append("## Evaluations\n\n" + section(found, path.with_name("evals.md")))
     if samples := [record for record in metrics if record["kind"] == "sample"]:
         sections.append("## Samples\n\n" + "\n\n".join(_quote(record) for record in samples[-3:]))
-    sections.append("## Configuration\n\n" + _table(["option", "value"], sorted(config["config"].items())))
+    sections.append("## Configuration\n\n" + table(["option", "value"], sorted(config["config"].items())))
     write_text(path, "\n\n".join(sections) + "\n")
     return path
 
@@ -117,7 +122,7 @@ def _summary(run: Run, config: Mapping[str, Any], metrics: Sequence[Mapping[str,
         rows.append(("newest checkpoint", str(checkpoint.path)))
     rows.append(("began", config.get("began", "-")))
     rows.append(("reported", time.strftime("%Y-%m-%dT%H:%M:%S%z")))
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _validations(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -126,7 +131,7 @@ def _validations(metrics: Sequence[Mapping[str, Any]]) -> str:
         for record in metrics
         if record["kind"] == "val"
     ]
-    return _table(["after step", "validation loss", "bits per byte"], rows) if rows else "(not validated)"
+    return table(["after step", "validation loss", "bits per byte"], rows) if rows else "(not validated)"
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
@@ -138,19 +143,10 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
                     error = figures.get(f"{name}_stderr")
                     shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
                     rows.append((task, name, shown, figures.get("n", "")))
-    return _table(["task", "metric", "value", "documents"], rows)
+    return table(["task", "metric", "value", "documents"], rows)
 
 
 def _quote(record: Mapping[str, Any]) -> str:
     """A sample as an indented block, which shows any text as it is."""
     text = "\n".join("    " + line for line in record["text"].splitlines()) or "    (nothing)"
     return f"After step {record['step']}:\n\n{text}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
-
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(columns), "|" + " --- |" * len(columns), *(line(row) for row in rows)])

@@ -52,7 +52,10 @@ def test_results_and_samples_go_to_files(
     out_file = tmp_path / "new" / "results.json"
     args = [str(checkpoint.path), "--tasks", "bpb", "--data", data, "--out", str(out_file), "--json"]
     out, err = evaluate(capsys, *args)
-    assert json.loads(out_file.read_text()) == json.loads(out)
+    written, figures = json.loads(out_file.read_text()), json.loads(out)["results"]["bpb"]
+    assert written["results"]["bpb"]["bpb,none"] == figures["bpb"]  # the file is in lm-eval's schema
+    assert written["n-samples"] == {"bpb": {"original": 6, "effective": 6}}
+    assert f"{figures['bpb']:.4f} ± {figures['bpb_stderr']:.4f}" in out_file.with_suffix(".md").read_text()
     samples = [json.loads(line) for line in (tmp_path / "new" / "results.samples.jsonl").read_text().splitlines()]
     assert sorted(sample["doc_id"] for sample in samples) == list(range(6))
     bits = sum(sample["scores"]["bits"] for sample in samples)

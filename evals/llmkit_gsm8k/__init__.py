@@ -25,6 +25,10 @@ class Gsm8k(Evaluator):
     version = "3.0"
     num_fewshot = 5
     higher_is_better: ClassVar[Mapping[str, bool]] = {"exact_match": True, "exact_match_flexible": True}
+    lm_eval_names: ClassVar[Mapping[str, str]] = {
+        "exact_match": "exact_match,strict-match",
+        "exact_match_flexible": "exact_match,flexible-extract",
+    }
     data = TaskData("gsm8k/{split}.jsonl", "openai/gsm8k", "main")
     question: ClassVar[str] = "Question: {}\nAnswer:"
     stop: ClassVar[tuple[str, ...]] = ("Question:", "</s>", "<|im_end|>")

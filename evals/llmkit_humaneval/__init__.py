@@ -34,6 +34,7 @@ class HumanEval(Evaluator):
     higher_is_better: ClassVar[Mapping[str, bool]] = {f"pass@{k}": True for k in KS}
     data = TaskData("humaneval/HumanEval.jsonl", "openai/openai_humaneval")
     scores_in_threads = True
+    lm_eval_names: ClassVar[Mapping[str, str]] = {f"pass@{k}": f"pass@{k},create_test" for k in KS}
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
