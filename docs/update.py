@@ -25,6 +25,7 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "serve --server vllm",
     "export",
     "report",
     "plugins list",

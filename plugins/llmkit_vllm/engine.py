@@ -88,7 +88,7 @@ class VLLMEngine(Engine):
             if device is not None and device.split(":")[0] != found:
                 raise ValueError(f"device: this vLLM is built for {found}, not for {device}")
         except BaseException:
-            worker.kill()
+            worker.close()
             raise
         vocab = int(text_config["vocab_size"])
         eos_ids = frozenset(i for i in checkpoint.eos_ids if i < vocab)
@@ -306,11 +306,7 @@ class Worker:
             sink.put({"failed": failure})
 
     def close(self) -> None:
+        """End vLLM's processes at once: nothing of theirs is worth waiting for."""
         self._closing = True
-        self.process.stop()
-        self._stack.close()
-
-    def kill(self) -> None:
-        self._closing = True
-        self.process.kill()
+        self.process.close()
         self._stack.close()

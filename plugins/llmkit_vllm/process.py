@@ -18,6 +18,7 @@ from typing import IO
 
 LOG_LINES = 30  # of vLLM's log that an error shows
 KILL_SECONDS = 10  # that vLLM has to end, beside those for its running requests
+GONE_SECONDS = 2  # that killed processes may take to be gone
 CACHE_GIB = 4  # memory for keys and values on a CPU, unless $VLLM_CPU_KVCACHE_SPACE says otherwise
 
 
@@ -50,7 +51,7 @@ class VLLMProcess:
         handle, name = tempfile.mkstemp(prefix="llmkit-vllm-", suffix=".log")
         self._file: IO[bytes] = os.fdopen(handle, "wb")
         self.log = Path(name)
-        self._verbose = verbose
+        self._verbose, self._failed, self._closed = verbose, False, False
         try:
             self.process = subprocess.Popen(
                 [str(python), "-m", *command],
@@ -85,12 +86,12 @@ class VLLMProcess:
     def last_line(self) -> str:
         """The last line of the log without what stands in front of its message."""
         lines = [line for line in list(self._lines) if line.strip()]
-        return re.sub(r"^\(.*?\) |^[A-Z]+ [\d-]+ [\d:]+ \[.*?\] ", "", lines[-1]) if lines else ""
+        return re.sub(r"^(\(.*?\) )?([A-Z]+ [\d-]+ [\d:]+ \[.*?\] )?\s*", "", lines[-1]) if lines else ""
 
     def failure(self, what: str) -> VLLMError:
         """Kill what is left, keep the log, and make an error of its last lines. `what` is the sentence."""
-        self.kill()
-        self._reader.join(timeout=5)
+        self._failed = True
+        self.close()
         lines = "\n".join(f"  {line}" for line in self._lines)
         return VLLMError(f"{what} (whole log: {self.log}); its last lines:\n{lines}")
 
@@ -100,20 +101,28 @@ class VLLMProcess:
             self.process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(drain_seconds + KILL_SECONDS)
-        self.kill()
-        self._reader.join(timeout=5)
-        self._file.close()
-        self.log.unlink(missing_ok=True)
+        self.close()
 
-    def kill(self) -> None:
-        """End the whole group at once, also where its first process has ended already."""
+    def close(self) -> None:
+        """Kill the whole group, also where its first process has ended already; the log stays after a failure only."""
+        if self._closed:
+            return
+        self._closed = True  # the number of a group that is gone may come to belong to others
+        self._kill()
+        self._reader.join(timeout=KILL_SECONDS)
+        if not self._reader.is_alive():
+            self._file.close()
+        if not self._failed:
+            self.log.unlink(missing_ok=True)
+
+    def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        deadline = time.monotonic() + KILL_SECONDS  # those that the first process started are not ours to wait for
+        deadline = time.monotonic() + GONE_SECONDS  # those that the first process started are not ours to wait for
         while _group_lives(self.process.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
 

@@ -96,6 +96,8 @@ class VLLMServer(Server):
         check_model(checkpoint, text=True)
         with _reserved(options.host, options.port) as port, bridge(checkpoint.config) as folder:
             arguments = vllm_arguments(checkpoint, list(checkpoints), options, port)
+            if checkpoint.chat_template is None:
+                arguments.append(f"--chat-template={_write_plain_template(folder)}")
             settings = {"api_keys": keys, "max_body": options.max_body * 2**20, "max_queue": options.max_queue}
             process = VLLMProcess(
                 python,
@@ -110,9 +112,8 @@ class VLLMServer(Server):
                     ready(url)
                     self._watch(process, _loopback(url, options.host), stop)
                 process.stop(options.drain_seconds)
-            except BaseException:
-                process.kill()
-                raise
+            finally:
+                process.close()
 
     def _wait_until_ready(self, process: VLLMProcess, url: str, stop: threading.Event) -> bool:
         """False where it is to stop before it was ready. Raises VLLMError where vLLM ends."""
@@ -153,6 +154,15 @@ def vllm_arguments(checkpoint: Checkpoint, names: list[str], options: VLLMOption
     if options.tls_cert is not None:
         arguments += [f"--ssl-certfile={options.tls_cert}", f"--ssl-keyfile={options.tls_key}"]
     return arguments
+
+
+def _write_plain_template(folder: Path) -> Path:
+    """For base models, the transcript that the embedded server gives them too; vLLM would refuse to chat."""
+    from llmkit.chat import PLAIN_TEMPLATE
+
+    path = folder / "plain.jinja"
+    path.write_text(PLAIN_TEMPLATE, "utf-8")
+    return path
 
 
 def read_keys(options: VLLMOptions) -> list[str]:
