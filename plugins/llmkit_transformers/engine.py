@@ -327,8 +327,10 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     import torch
     import transformers
 
+    from llmkit.architectures import register_architecture
     from llmkit.checkpoint import CheckpointError
 
+    register_architecture(str(checkpoint.config.get("model_type")))
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in types:
         raise ValueError(f"engine 'transformers' computes in fp32 or bf16, not {dtype}")

@@ -100,17 +100,16 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 
 def rotary_tables(config: SpeedrunConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions (B, T): both (B, 1, T, D), the second half repeating the first."""
+    """Cosines and sines of positions (B, T): both (B, 1, T, D/2)."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * config.rope_theta ** (-steps / config.head_dim)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel i of x (B, H, T, D) together with channel i + D/2."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def plain_attention(
@@ -169,11 +168,12 @@ class SpeedrunAttention(nn.Module):
         if first_values is None:
             first_values = v
         if self.config.value_residual:
-            v = (1 - self.value_lambda) * v + self.value_lambda * first_values
+            v = torch.lerp(v, first_values, self.value_lambda.to(v.dtype))
         if self.config.qk_norm:
             q, k = norm(q, self.config.rms_norm_eps), norm(k, self.config.rms_norm_eps)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and rotation may have widened them
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         # One call through a local name, with these arguments: vLLM puts its own attention here.
@@ -249,8 +249,8 @@ class SpeedrunPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5)
-            else:
-                nn.init.normal_(module.weight)
+            else:  # as large as a norm makes it; small where it is the head too
+                nn.init.normal_(module.weight, std=0.02 if self.config.tie_word_embeddings else 1.0)
 
 
 class SpeedrunModel(SpeedrunPreTrainedModel):
@@ -334,9 +334,10 @@ class SpeedrunForCausalLM(SpeedrunPreTrainedModel, GenerationMixin):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V) in fp32, squeezed into (-cap, cap)."""
-        logits = self.lm_head(hidden).float()
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is None:
+            return self.lm_head(hidden).float()
+        return cap * torch.tanh(self.lm_head(hidden / cap).float())  # divided where it is small, not (B, T, V)
 
     @can_return_tuple
     def forward(
