@@ -2,14 +2,16 @@
 
 import { h } from "./dom.js";
 
-// In order of precedence: what is matched first is not looked into for what follows, but for its own content.
+// In order of precedence: what is matched first is not looked into for what follows, but for its own content. The
+// limits keep a long text with many openings and no closing from being searched to its end for each.
 const CODE = /(`+)(?!`)([\s\S]*?[^`])\1(?!`)/y;
 const ESCAPE = /\\([!-/:-@[-`{-~])/y;
 const LINK = /!?\[((?:[^\[\]\\]|\\.|\[[^\[\]]*\])*)\]\(\s*<?((?:[^\s()<>\\]|\\.|\([^\s()]*\))*)>?(?:\s+["'(][^"')]*["')])?\s*\)/y;
 const AUTOLINK = /<?(https?:\/\/[^\s<>"']+)>?/y;
-const STRONG = /(\*\*|__)(?=\S)([\s\S]*?\S)\1(?!\1[0])/y;
+const BOTH = /([*_])\1\1(?=[^\s*_])([\s\S]{0,1000}?\S)\1\1\1(?!\1)/y;
+const STRONG = /([*_])\1(?=\S)([\s\S]{0,1000}?\S)\1\1(?!\1)/y;
 const EMPHASIS = /([*_])(?=[^\s*_])((?:(?!\1)[\s\S]|\1\1(?:(?!\1)[\s\S])+\1\1)*?[^\s])\1(?!\1)/y;
-const STRUCK = /~~(?=\S)([\s\S]*?\S)~~/y;
+const STRUCK = /~~(?=\S)([\s\S]{0,1000}?\S)~~/y;
 const PLAIN = /[^\\`*_~!\[<h\n]+|[\s\S]/y; // up to what may begin something
 const WORD = /[\p{L}\p{N}]/u;
 const DEEPEST = 6;
@@ -23,7 +25,7 @@ export function inline(text, depth = 0) {
   const inner = (content) => (depth < DEEPEST ? inline(content, depth + 1) : [content]);
   // An underscore within a word is only that: snake_case
   const afterWord = () => at > 0 && WORD.test(text[at - 1]);
-  const apart = (found) => found && (found[1][0] !== "_" || !(afterWord() || WORD.test(text[at + found[0].length] ?? "")));
+  const apart = (found) => found && (found[1] !== "_" || !(afterWord() || WORD.test(text[at + found[0].length] ?? "")));
   while (at < text.length) {
     let found;
     let node = null;
@@ -42,7 +44,8 @@ export function inline(text, depth = 0) {
       const address = tail.startsWith(")") && url.includes("(") ? url : url.slice(0, url.length - tail.length);
       found = [found[0].startsWith("<") ? found[0] : address];
       node = link(address, [address]);
-    } else if (apart((found = match(STRONG)))) node = h("strong", {}, ...inner(found[2]));
+    } else if (apart((found = match(BOTH)))) node = h("em", {}, h("strong", {}, ...inner(found[2])));
+    else if (apart((found = match(STRONG)))) node = h("strong", {}, ...inner(found[2]));
     else if (apart((found = match(EMPHASIS)))) node = h("em", {}, ...inner(found[2]));
     else if ((found = match(STRUCK))) node = h("del", {}, ...inner(found[1]));
     if (!node) {

@@ -93,10 +93,14 @@ function list(lines, at, blocks, depth) {
   const items = [];
   let loose = false;
   let next = at;
-  while (next < lines.length) {
-    const item = ITEM.exec(lines[next]);
-    if (!item || item[1].length < indent || item[1].length > indent + 3 || kind(item[2]) !== kind(first[2])) break;
-    if (RULE.test(lines[next])) break;
+  const itemAt = (index) => {
+    const item = ITEM.exec(lines[index] ?? "");
+    const fits = item && item[1].length >= indent && item[1].length <= indent + 3 && kind(item[2]) === kind(first[2]);
+    return fits && !RULE.test(lines[index]) ? item : null;
+  };
+  for (;;) {
+    const item = itemAt(next);
+    if (!item) break;
     // What belongs to the item is indented; a line right below it that begins nothing new does too.
     const content = [item[3] ?? ""];
     const inside = item[1].length + 2;
@@ -108,11 +112,11 @@ function list(lines, at, blocks, depth) {
       else if (deep >= inside) {
         if (blank) loose ||= !ITEM.test(line);
         blank = false;
-      } else if (blank || begins(lines, next)) break;
+      } else if (blank || itemAt(next) || begins(lines, next)) break;
       content.push(line.slice(Math.min(deep, item[1].length + item[2].length + 1)));
     }
     while (content.length > 1 && !content.at(-1).trim()) content.pop();
-    if (blank && ITEM.test(lines[next] ?? "")) loose = true;
+    if (blank && itemAt(next)) loose = true;
     const task = /^\[([ xX])\] +/.exec(content[0]);
     if (task) content[0] = content[0].slice(task[0].length);
     items.push({ task: task && task[1] !== " " ? "done" : task ? "open" : null, blocks: parse(content, depth + 1) });
