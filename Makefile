@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-PYTEST ?= --numprocesses auto
+PYTEST ?= --numprocesses auto --dist loadgroup
 SOURCES = pyproject.toml constraints.txt Makefile
 
 .PHONY: demo test lint format docs bench clean

@@ -46,6 +46,7 @@ class VLLMEngine(Engine):
         self.worker = worker
         self.vocab_size, self.context_length, self.eos_ids, self.dtype = vocab_size, context_length, eos_ids, dtype
         self._running: dict[int, int] = {}  # request id of a generation -> the worker's number for it
+        self._cancelled: set[int] = set()  # of those numbers
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -118,6 +119,7 @@ class VLLMEngine(Engine):
 
     def cancel(self, request_id: int) -> None:
         if (number := self._running.get(request_id)) is not None:
+            self._cancelled.add(number)
             self.worker.send({"cancel": number})
 
     def _generate_message(self, request: GenerateRequest) -> dict[str, Any]:
@@ -182,11 +184,14 @@ class VLLMEngine(Engine):
                 result = results.get()
                 if "failed" in result:
                     raise result["failed"]
-                request = mine[result["id"]]
+                number = result["id"]
+                if number not in mine:  # what vLLM, which runs ahead of us, did before it knew of a cancellation
+                    continue
+                if number in self._cancelled:
+                    result = {"tokens": [], "finish": "cancelled"}
                 if "error" in result:
-                    raise ValueError(f"request {request.id}: {result['error']}")
-                if result["finish"] is not None:
-                    self._forget(result["id"], mine)
+                    raise ValueError(f"request {mine[number].id}: {result['error']}")
+                request = mine[number] if result["finish"] is None else self._forget(number, mine)
                 yield request, result
         finally:
             for number in list(mine):
@@ -203,11 +208,13 @@ class VLLMEngine(Engine):
         if isinstance(request, GenerateRequest):
             self._running[request.id] = number
 
-    def _forget(self, number: int, mine: dict[int, R]) -> None:
+    def _forget(self, number: int, mine: dict[int, R]) -> R:
         request = mine.pop(number)
         self.worker.forget(number)
+        self._cancelled.discard(number)
         if isinstance(request, GenerateRequest):
             del self._running[request.id]
+        return request
 
 
 def _score_message(request: ScoreRequest) -> dict[str, Any]:
