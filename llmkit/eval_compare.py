@@ -84,7 +84,7 @@ def _paired(
 
 def _unpaired(first: Figure, second: Figure) -> tuple[float, float | None, float | None, str]:
     value = second.value - first.value
-    if first.stderr is None or second.stderr is None:
+    if not first.stderr or not second.stderr:  # too few documents to see any spread
         return value, None, None, "no standard error"
     stderr = math.hypot(first.stderr, second.stderr)
     return value, stderr, _normal(value, stderr), "two-sample z"
@@ -241,7 +241,7 @@ def draw(results: Sequence[Results], names: Sequence[str], keys: Sequence[tuple[
 
     metrics = list(dict.fromkeys(metric for _, metric in keys))
     rows = {metric: [task for task, found in keys if found == metric] for metric in metrics}
-    step = 0.18 * max(len(results), 2)  # inches for a task
+    step = (0.18 if len(keys) < 15 else 0.1) * max(len(results), 2)  # inches for a task
     heights = [step * len(rows[metric]) + 0.5 for metric in metrics]
     canvas = Canvas(figsize=(8, sum(heights) + 0.3 * len(metrics) + 0.3), layout="constrained")
     FigureCanvasAgg(canvas)

@@ -15,9 +15,10 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from llmkit.checkpoint import Checkpoint
 from llmkit.engines import open_engine
 from llmkit.eval_chat import Chat
+from llmkit.eval_requests import Encoder
 from llmkit.evaldata import draw, json_lines
 from llmkit.evaluation import Evaluation, Sample
-from llmkit.evaluator import Likelihood
+from llmkit.evaluator import Generate, Likelihood
 from llmkit.testing.tiny import tiny_checkpoint
 
 TIE = 1e-4
@@ -32,21 +33,14 @@ LAYOUT = {
 }
 
 
-def harness(
-    task: str,
-    checkpoint: Checkpoint,
-    data: Path,
-    shots: int,
-    dtype: str,
-    sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None,
-    chat: Chat | None = None,
+def harness_task(
+    task: str, data: Path, shots: int, sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None
 ) -> Any:
-    """The harness's results, with samples, on local files."""
+    """The harness's task on local files."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config_file, folder = LAYOUT[task]
@@ -68,6 +62,23 @@ def harness(
     if sampler is not None:
         built.fewshot_cfg.split = built.config.test_split  # only then does it tell the sampler the document
         built.sampler.sample = lambda n, eval_doc=None, **_: sampler(eval_doc)
+    return built
+
+
+def harness(
+    task: str,
+    checkpoint: Checkpoint,
+    data: Path,
+    shots: int,
+    dtype: str,
+    sampler: Callable[[Mapping[str, Any]], list[Any]] | None = None,
+    chat: Chat | None = None,
+) -> Any:
+    """The harness's results, with samples, on local files."""
+    built = harness_task(task, data, shots, sampler)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     kind = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     model = HFLM(pretrained=str(checkpoint.path), device="cpu", dtype=kind, batch_size=8)
     asked = {
@@ -254,8 +265,28 @@ def test_choices_of_a_chat_model(
 
 
 @pytest.mark.slow
-def test_written_answers_of_a_chat_model(smollm2_path: Path, data: Path, tmp_path: Path) -> None:
-    copy_lines(data / "gsm8k/test.jsonl", tmp_path / "gsm8k/test.jsonl", lambda row: True, 2)
-    copy_lines(data / "gsm8k/train.jsonl", tmp_path / "gsm8k/train.jsonl", lambda row: True, 30)
+@pytest.mark.parametrize(("system", "turns"), [("You are good at sums.", True), ("", False)])
+def test_prompts_to_a_chat_model(system: str, turns: bool, smollm2_path: Path, data: Path) -> None:
+    """Text and token ids of a task that generates; what follows from them is compared above."""
+    from transformers import AutoTokenizer
+
     checkpoint = Checkpoint.open(smollm2_path)
-    compare_answers("gsm8k", checkpoint, tmp_path, shots=2, chat=Chat(checkpoint, "You are good at sums.", True))
+    rows = [row for _, row in json_lines(data / "gsm8k" / "train.jsonl")]
+    built = harness_task("gsm8k", data, 3, lambda document: draw(rows, 3, 1234, document["question"], [document]))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    built.build_all_requests(
+        system_instruction=system or None,
+        apply_chat_template=True,
+        fewshot_as_multiturn=turns,
+        chat_template=lambda history, **options: tokenizer.apply_chat_template(history, tokenize=False, **options),
+        tokenizer_name="",
+    )
+    chat = Chat(checkpoint, system, turns)
+    task = Evaluation(checkpoint, ["gsm8k"], data_dir=data, num_fewshot=3, chat=chat).tasks["gsm8k"]
+    requests = [chat.requests(task.requests(document)) for document in task.documents()]
+    prompts = [request.prompt for (request,) in requests if isinstance(request, Generate)]
+    assert prompts == [instance.arguments[0] for instance in built.instances] and len(prompts) == 6
+    encoder = Encoder(checkpoint.tokenizer, 8192)
+    for (request,) in requests:
+        assert isinstance(request, Generate)
+        assert list(encoder.prompt(request)[0]) == tokenizer.encode(request.prompt)
