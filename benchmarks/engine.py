@@ -17,16 +17,17 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from llmkit.checkpoint import Checkpoint
 from llmkit.engine import GenerateRequest, Sampling
 from llmkit_engine.engine import EmbeddedEngine
+from llmkit_engine.library import library
 
 Prompts = list[list[int]]
 Side = Callable[[Prompts, int], float]  # (prompts, new tokens) -> seconds
@@ -104,10 +105,14 @@ def llama_server(program: str, gguf: str) -> Iterator[Side]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
+        for _ in range(240):
+            if process.poll() is not None:
+                raise RuntimeError(f"{program} ended with exit code {process.returncode}")
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
                 break
             time.sleep(0.5)
+        else:
+            raise RuntimeError(f"{program} is not ready after two minutes")
 
         def post(ids: list[int], new_tokens: int) -> None:
             body = {"prompt": ids, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
@@ -115,16 +120,14 @@ def llama_server(program: str, gguf: str) -> Iterator[Side]:
                 f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(request) as response:
-                response.read()
+                answer = json.load(response)
+            assert answer["tokens_predicted"] == new_tokens
 
         def run(prompts: Prompts, new_tokens: int) -> float:
-            threads = [threading.Thread(target=post, args=(ids, new_tokens)) for ids in prompts]
-            begun = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            return time.perf_counter() - begun
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                begun = time.perf_counter()
+                list(pool.map(post, prompts, [new_tokens] * len(prompts)))
+                return time.perf_counter() - begun
 
         yield run
     finally:
@@ -183,6 +186,7 @@ def main() -> None:
     if bool(args.llama_server) != bool(args.gguf):
         parser.error("--llama-server and --gguf belong together")
     checkpoint = Checkpoint.open(args.model)
+    load, kinds = os.getloadavg()[0], library().lk_kinds()
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {
             "llmkit": stack.enter_context(ours(checkpoint, None)),
@@ -204,6 +208,8 @@ def main() -> None:
         "model": str(args.model.name),
         "new_tokens": args.new_tokens,
         "threads": os.cpu_count(),
+        "load": round(load, 1),  # of the machine before the run: other work disturbs all sides, not all alike
+        "instructions": {"bf16": bool(kinds & 1), "int8": bool(kinds & 2)},  # that the engine uses here
         "tokens_per_second": speeds,
         "vs_vllm_cpu": ratios(speeds, "llmkit", "vllm_cpu"),
         "vs_transformers": ratios(speeds, "llmkit", "transformers"),

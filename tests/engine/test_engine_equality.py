@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine_support import GREEDY, assert_same_greedy, edit_config, prompts, tin
 from llmkit.checkpoint import Checkpoint, CheckpointError
 from llmkit.engine import Engine, GenerateRequest, Sampling, ScoreRequest, UnsupportedModel
 from llmkit.engines import open_engine
-from llmkit.testing.tiny import tiny_checkpoint
+from llmkit.testing.tiny import TEXT, tiny_checkpoint, tiny_data
 from llmkit_engine.engine import EmbeddedEngine
 from llmkit_engine.rope import frequencies, rope_parameters
 from llmkit_transformers.engine import TransformersEngine
@@ -61,6 +62,25 @@ def test_stories260k_gives_transformers_tokens_for_100_prompts(test_data: Path) 
 
 def test_gpt2_gives_transformers_tokens_for_100_prompts(tmp_path: Path) -> None:
     assert_equal(tiny_checkpoint(tmp_path / "gpt2"), count=100)
+
+
+def test_a_gpt2_trained_here_gives_transformers_tokens_for_100_prompts(
+    tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Unlike random weights, trained ones make likely and unlikely tokens, and activations of very different sizes."""
+    data = tiny_data(tmp_path / "data")
+    sizes = {"depth": 3, "width": 96, "heads": 3, "sequence-length": 64, "total-batch-tokens": 2048, "batch-size": 32}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    rest = ["--steps", 120, "--learning-rate", 3e-3, "--sample-every", 0, "--dtype", "fp32"]
+    run_cli("train", "--backend", "torch", "--data", data.path, "--out", tmp_path / "run", *options, *rest)
+    checkpoint = Checkpoint.open(tmp_path / "run")
+    ids = checkpoint.tokenizer.encode(TEXT)
+    texts = [tuple(ids[at : at + 12 + at % 20]) for at in range(0, 7000, 70)]
+    with EmbeddedEngine.open(checkpoint) as engine:
+        scores = list(engine.score([ScoreRequest(i, text[:5], text[5:]) for i, text in enumerate(texts)]))
+    lengths = sum(len(score.logprobs) for score in scores)
+    assert sum(score.logprob for score in scores) / lengths > -1.0  # nats a byte: it has learnt the text
+    assert_equal(checkpoint, count=100, texts=texts)
 
 
 @pytest.mark.slow
