@@ -78,6 +78,7 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call in an answer.")
     response_format: ResponseFormat | None = None
+    chat_template: None = Field(None, description="Not taken: a template is a program, and comes with the model.")
 
 
 class TopLogprob(AnswerModel):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from llmkit.generation import Detokenizer
 from llmkit.tokenizer import Tokenizer
 from llmkit_http.completion_schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from llmkit_http.errors import bad_request
@@ -67,8 +68,11 @@ class _Answer:
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = body.model or model.names[0]
-        echoed = [self._tokenizer.decode(ids) if text is None else text for ids, text in zip(job.prompts, texts)]
-        self._prefix = echoed if body.echo else [""] * len(texts)
+        self._prefix = [""] * len(texts)
+        if body.echo:
+            self._prefix = [
+                _shown(self._tokenizer, ids) if text is None else text for ids, text in zip(job.prompts, texts)
+            ]
         self._nothing = body.max_tokens == 0  # only the prompt is wanted
 
     def whole(self, samples: list[list[Piece]]) -> Completion:
@@ -112,9 +116,10 @@ class _Answer:
     def _with_offsets(self, entries: list[TokenLogprob]) -> list[TokenLogprob]:
         """The entries of a prompt with where each token's text begins in it."""
         at, placed = 0, []
+        detokenizer = Detokenizer(self._tokenizer)
         for entry in entries:
             placed.append(TokenLogprob(entry.id, entry.logprob, entry.top, at))
-            at += len(token_text(self._tokenizer, entry.id))
+            at += len(detokenizer.add((entry.id,)))
         return placed
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -152,6 +157,12 @@ class _Answer:
             last = {**base, "choices": [], "usage": self._usage().model_dump()}
             yield b"data: " + json.dumps(last).encode() + b"\n\n"
         yield DONE
+
+
+def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a prompt that was given as ids, without its special tokens."""
+    detokenizer = Detokenizer(tokenizer)
+    return detokenizer.add(ids) + detokenizer.finish()
 
 
 def _append(logprobs: CompletionLogprobs, entries: list[TokenLogprob], tokenizer: Tokenizer, offset: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from llmkit.engine import Chunk, FinishReason, GenerateRequest, Sampling
@@ -132,7 +132,7 @@ class Job:
             try:
                 model.engine.check(sample.request)
             except ValueError as error:
-                raise bad_request(str(error).partition(": ")[2] or str(error)) from None
+                raise _refusal(error) from None
         self._admission, self._metrics = admission, metrics
         self._open = len(self.samples)  # not finished for us
         self._pieces: list[Piece] = []
@@ -228,10 +228,17 @@ class Job:
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, ValueError):  # a constraint that allows nothing more
-            self._error = bad_request(str(error).partition(": ")[2] or str(error))
+            self._error = _refusal(error)
         else:
             self._error = unavailable(f"The model cannot answer: {error}")
         self._news.set()
+
+
+def _refusal(error: ValueError) -> APIError:
+    """What an engine says of a request, "request 7: logit_bias has id …", in the client's terms."""
+    message = str(error).partition(": ")[2] or str(error)
+    first = message.split()[0].rstrip(":")
+    return bad_request(message, first if first in {field.name for field in fields(Sampling)} else None)
 
 
 class _Receiver:

@@ -61,7 +61,8 @@ class Admission:
     def enter(self, count: int) -> None:
         """Take `count` places. Raises APIError: 400 for more than there ever are, 429 for more than are free."""
         if count > self.limit:
-            raise bad_request(f"The request asks for {count} generations, and this server takes {self.limit} at once.")
+            message = f"prompt: all prompts and their n make {count} generations, and {self.limit} are taken at once"
+            raise bad_request(message, "prompt")
         if self.in_flight + count > self.limit:
             wait = str(min(30, max(1, round(self._seconds))))
             raise APIError(

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import uvicorn
 
@@ -15,6 +16,8 @@ from llmkit_http.app import create_app
 from llmkit_http.models import Models
 from llmkit_http.options import HttpOptions
 from llmkit_http.service import Service
+
+MAX_HEAD = 2**16  # bytes of a request's line and headers
 
 
 def run_server(
@@ -74,6 +77,33 @@ async def _serve(
         watching.set()
 
 
+def _protocol() -> Any:
+    """uvicorn's protocol on httptools, with the bound on a request's head that the one on h11 has by itself."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "h11"
+
+    class LimitedHead(HttpToolsProtocol):
+        head, in_body = 0, False
+
+        def on_headers_complete(self) -> None:
+            self.in_body = True
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self.head, self.in_body = 0, False
+            super().on_message_complete()
+
+        def data_received(self, data: bytes) -> None:
+            self.head += len(data)
+            super().data_received(data)
+            if not self.in_body and self.head > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response("The request's head is too large.")
+
+    return LimitedHead
+
+
 def _uvicorn(app: object, options: HttpOptions) -> uvicorn.Server:
     class Quiet(uvicorn.Server):
         """Leaves signals to the command line."""
@@ -84,6 +114,7 @@ def _uvicorn(app: object, options: HttpOptions) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=_protocol(),
         log_level="warning",
         access_log=False,
         lifespan="off",
