@@ -143,18 +143,21 @@ class Engine(Component, ABC):
         context_length: most tokens that can be fed for one request.
         eos_ids: ids that end a generation, from the checkpoint.
         dtype: fp32 or bf16, what it computes in; of quantised weights their type.
+        identity: of an engine that does not run the checkpoint's own files, what its answers depend on instead.
 
     An engine may read requests ahead of the results that it gives, to batch similar ones together; how far is bounded.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()  # class names in config.json that it runs; empty: it must be asked
     can_constrain: ClassVar[bool] = False  # whether it heeds GenerateRequest.constraint
+    remote: ClassVar[bool] = False  # whether its `open` takes the `url` and `model` of an endpoint
     gives_prompt_logprobs: ClassVar[bool] = False  # whether it heeds Sampling.prompt_logprobs
     quantizations: ClassVar[tuple[str, ...]] = ()  # what its `open` takes as `quantize`
     vocab_size: int
     context_length: int
     eos_ids: frozenset[int]
     dtype: str
+    identity: str = ""
 
     @classmethod
     @abstractmethod

@@ -24,13 +24,15 @@ def open_engine(
     dtype: str | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    url: str | None = None,
+    model: str | None = None,
 ) -> Engine:
     """Load `checkpoint` in the engine `name`; None takes the default for its architecture.
 
     `dtype` is fp32 or bf16 (None: the checkpoint's), `device` as in PyTorch (None: the best), `quantize` one of the
-    engine's `quantizations`. A model that the default engine does not know, or turns out not to run, goes to GENERAL,
-    with a line on stderr. Raises UnknownComponent with the nearest names, MissingRequirement with the pip line, and
-    ValueError or CheckpointError from the engine.
+    engine's `quantizations`; `url` and `model` are those of an endpoint, for a remote engine. A model that the default
+    engine does not know, or turns out not to run, goes to GENERAL, with a line on stderr. Raises UnknownComponent with
+    the nearest names, MissingRequirement with the pip line, and ValueError or CheckpointError from the engine.
     """
     engine = default_engine(checkpoint.architecture, device) if name is None else get_plugins().engine(name)
     if name is None and engine.name == GENERAL and not _known(checkpoint.architecture):
@@ -44,6 +46,10 @@ def open_engine(
             known = ", ".join(engine.quantizations) or "none"
             raise ValueError(f"quantize: engine {engine.name!r} has no {quantize!r} weights (it has: {known})")
         options["quantize"] = quantize
+    if engine.remote:
+        options |= {"url": url, "model": model}
+    elif url is not None or model is not None:
+        raise ValueError(f"engine {engine.name!r} runs here: an endpoint's address and model are for --engine openai")
     try:
         return engine.open(checkpoint, **options)
     except UnsupportedModel as error:

@@ -104,7 +104,7 @@ def open_cache(checkpoint: Checkpoint, engine: Engine, options: Mapping[str, Any
 def model_key(checkpoint: Checkpoint, engine: Engine, options: Mapping[str, Any]) -> str:
     """A hash of all that an answer depends on besides the request: the model's files, the engine and its options."""
     files = sorted({path for pattern in MODEL_FILES for path in checkpoint.path.glob(pattern)})
-    runs = [engine.name, engine.dtype, sorted(options.items()), __version__]
+    runs = [engine.name, engine.dtype, engine.identity, sorted(options.items()), __version__]
     content = [[path.name, file_digest(path)] for path in files]
     return hashlib.blake2b(json.dumps([content, runs], default=str).encode(), digest_size=16).hexdigest()
 

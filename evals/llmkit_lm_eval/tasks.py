@@ -173,13 +173,12 @@ class LmEvalGroup(Suite):
     def members(self) -> dict[str, Evaluator]:
         built = _build(self.name, self.context)
         self._groups: list[Any] = [] if isinstance(built, list) else [built, *built.get_all_groups()]
-        own = set(get_plugins().names("evaluator"))
         members: dict[str, Evaluator] = {}
         self._names: dict[str, str] = {}  # lm-eval's name -> ours
         for task in built if isinstance(built, list) else built.get_all_tasks():
             name = task.task_name
             evaluator = type(f"LmEval_{name}", (LmEvalTask,), {"name": name})
-            self._names[name] = f"lm_eval:{name}" if name in own else name
+            self._names[name] = _own_name(name)
             members[self._names[name]] = evaluator(self.context, task)
         self._directions = {label: up for task in members.values() for label, up in task.higher_is_better.items()}
         self.version = str(self._groups[0].version) if self._groups else ""  # type: ignore[misc]
@@ -204,12 +203,17 @@ class LmEvalGroup(Suite):
                     error = found.get(f"{kind}_stderr,{filter_name}")
                     metrics[_label(kind, filter_name)] = Metric(value, error if isinstance(error, float) else None)
             if metrics:
-                lines[self.name if group is self._groups[0] else group.name] = (metrics, found["sample_len"])
+                lines[_own_name(group.name)] = (metrics, found["sample_len"])
         return lines
 
     @property
     def higher_is_better(self) -> Mapping[str, bool]:  # type: ignore[override]
         return self._directions
+
+
+def _own_name(name: str) -> str:
+    """What a task or group of lm-eval's is called in the results: llmkit's own of the same name has that alone."""
+    return f"lm_eval:{name}" if name in get_plugins().names("evaluator") else name
 
 
 def _build(name: str, context: EvalContext) -> Any:

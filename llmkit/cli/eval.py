@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from llmkit.cli import ui
-from llmkit.cli.sampling import engine_flags
+from llmkit.cli.sampling import endpoint_flags, engine_flags
 
 if TYPE_CHECKING:
     from llmkit.engine import Engine
@@ -44,9 +44,15 @@ STATUS_SECONDS = 1.0  # how often the running metric is worked out anew, which t
 )
 @click.option("--temperature", type=click.FloatRange(min=0.01), metavar="T", help="Of several samples.  [default: 0.8]")
 @click.option("--unsafe-execute", is_flag=True, help="Run generated code even where no sandbox works.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write results here, samples beside it.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write results here as JSON; Markdown and samples beside it.",
+)
 @click.option("--no-cache", is_flag=True, help="Ask everything anew, and keep no answers.")
 @engine_flags
+@endpoint_flags
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -77,6 +83,8 @@ def command(
     dtype: str | None,
     quantize: str | None,
     device: str | None,
+    engine_url: str | None,
+    engine_model: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -95,6 +103,8 @@ def command(
         get_plugins().engine(engine)  # a wrong name shows before anything is loaded
     if data_dir is not None and not data_dir.is_dir():
         raise ValueError(f"there is no folder {data_dir}")
+    if out is not None and out.suffix == ".md":
+        raise click.UsageError(f"--out is for JSON, and Markdown comes beside it: name it {out.with_suffix('.json')}")
     files = _task_files(task_data)
     if not apply_chat_template and (system_prompt is not None or fewshot_as_turns):
         flag = "--fewshot-as-turns" if system_prompt is None else "--system-prompt"
@@ -127,13 +137,20 @@ def command(
     )
     with (
         _samples_file(out) as file,
-        open_engine(model, engine, dtype=dtype, device=device, quantize=quantize) as opened,
+        open_engine(
+            model, engine, dtype=dtype, device=device, quantize=quantize, url=engine_url, model=engine_model
+        ) as opened,
         contextlib.ExitStack() as stack,
     ):
         cache = None if no_cache else open_cache(model, opened, {"device": device, "quantize": quantize})
         if cache is not None:
             stack.callback(cache.close)
-        _run(evaluation, opened, file, cache)
+        try:
+            _run(evaluation, opened, file, cache)
+        except KeyboardInterrupt:
+            if cache is not None:
+                ui.note("the answers so far are kept: the same command goes on from here")
+            raise
     results = evaluation.results()
     if out is not None:
         written = write_results(out, results, evaluation.lm_eval_names)
@@ -177,8 +194,12 @@ def _samples_file(out: Path | None) -> Iterator[IO[str] | None]:
     from llmkit.eval_results import samples_path
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with samples_path(out).open("a", encoding="utf-8") as file:
+    file = samples_path(out).open("a", encoding="utf-8")
+    try:
         yield file
+    finally:  # each line was flushed; on a full disk closing only fails once more
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None, cache: AnswerCache | None) -> None:
@@ -189,8 +210,12 @@ def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None, cache:
             if samples is not None:
                 if number == 0:
                     samples.truncate(0)
-                samples.write(json.dumps(sample.to_json(), ensure_ascii=False, default=str) + "\n")
-                samples.flush()
+                try:
+                    samples.write(json.dumps(sample.to_json(), ensure_ascii=False, default=str) + "\n")
+                    samples.flush()
+                except OSError as error:
+                    kept = "" if cache is None else " (the answers so far are kept: the same command goes on from here)"
+                    raise OSError(error.errno, f"{error.strerror}{kept}", samples.name) from error
             status = ""
             if time.monotonic() - shown > STATUS_SECONDS:
                 figures = evaluation.running(sample.task).items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmkit.cli import ui
-from llmkit.cli.sampling import engine_flags, read_sampling, sampling_flags
+from llmkit.cli.sampling import endpoint_flags, engine_flags, read_sampling, sampling_flags
 
 if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @engine_flags
+@endpoint_flags
 @ui.json_option
 def command(
     checkpoint: str | None,
@@ -58,6 +59,8 @@ def command(
     dtype: str | None,
     quantize: str | None,
     device: str | None,
+    engine_url: str | None,
+    engine_model: str | None,
     as_json: bool,
 ) -> None:
     """Continue a prompt with CHECKPOINT, by default the newest of the latest training run."""
@@ -79,7 +82,9 @@ def command(
     opened = Checkpoint.open(checkpoint)
     ids = _encode(opened, text, chat=chat, system=system)
     request = TextRequest(0, tuple(ids), sampling, stop=stop, n=num_samples)
-    with open_engine(opened, engine, dtype=dtype, device=device, quantize=quantize) as running:
+    with open_engine(
+        opened, engine, dtype=dtype, device=device, quantize=quantize, url=engine_url, model=engine_model
+    ) as running:
         if len(ids) >= running.context_length:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens, but the model's context of {running.context_length} leaves room "

@@ -29,6 +29,13 @@ def engine_flags(function: F) -> F:
     return function
 
 
+def endpoint_flags(function: F) -> F:
+    """--engine-url, --engine-model: what `llmkit.engines.open_engine` takes for a remote engine."""
+    for option in reversed(_ENDPOINT):
+        function = option(function)
+    return function
+
+
 def read_sampling(
     *,
     greedy: bool,
@@ -73,4 +80,9 @@ _ENGINE = (
         "--quantize", type=click.Choice(["int8"]), help="Round the weights to this type when they are loaded."
     ),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps  [default: the best there is]"),
+)
+
+_ENDPOINT = (
+    click.option("--engine-url", metavar="URL", help="Endpoint of engine openai.  [default: $OPENAI_BASE_URL]"),
+    click.option("--engine-model", metavar="NAME", help="Model of the endpoint.  [default: the only one]"),
 )
