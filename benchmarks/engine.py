@@ -209,7 +209,7 @@ def main() -> None:
         "new_tokens": args.new_tokens,
         "threads": os.cpu_count(),
         "load": round(load, 1),  # of the machine before the run: other work disturbs all sides, not all alike
-        "instructions": {"bf16": bool(kinds & 1), "int8": bool(kinds & 2)},  # that the engine uses here
+        "instructions": {"bf16": bool(kinds & 4), "int8": bool(kinds & 2)},  # that the engine uses here
         "tokens_per_second": speeds,
         "vs_vllm_cpu": ratios(speeds, "llmkit", "vllm_cpu"),
         "vs_transformers": ratios(speeds, "llmkit", "transformers"),

@@ -76,8 +76,8 @@ class EmbeddedEngine(Engine):
 
         `cache_bytes` is all that keys and values ever take; where it holds less than the model's context, the context
         length is what it holds. `step_tokens` bounds the tokens of a step, `max_running` the requests that run at
-        once. `fp32_inputs`: where the processor multiplies bf16 or bytes, the inputs of products with bf16 or int8
-        weights are rounded to that, unless this is true (None: unless LLMKIT_ENGINE_FP32_INPUTS is 1).
+        once. `fp32_inputs`: whether products with bf16 or int8 weights keep their inputs in fp32 where the processor
+        has instructions for bf16 or bytes (None: as LLMKIT_ENGINE_FP32_INPUTS says, 1 or 0, else what is faster).
 
         Raises UnsupportedModel for an architecture that it does not know, CheckpointError for missing or damaged
         weights, BuildError where the library cannot be compiled, ValueError for another parameter.

@@ -49,14 +49,15 @@ class Weights:
     ) -> None:
         """Read and pack. Raises CheckpointError for missing tensors, or tensors of other shapes or types.
 
-        `fp32_inputs`: do not round what is multiplied with bf16 or int8 weights, although the processor has
-        instructions for that; None: as the environment variable says.
+        `fp32_inputs`: whether to keep what is multiplied with bf16 or int8 weights in fp32, although the processor has
+        instructions for narrower numbers; None: as the environment variable says, else what is faster.
         """
         self._checkpoint, self._spec, self._threads = checkpoint, spec, threads
         self._bf16, self._int8 = dtype == "bf16", quantize == "int8"
-        exact = os.environ.get(FP32_INPUTS, "0") not in ("", "0") if fp32_inputs is None else fp32_inputs
-        kinds = 0 if exact else library().lk_kinds()
-        self._pairs, self._bytes = bool(kinds & 1), bool(kinds & 2)
+        if fp32_inputs is None and (said := os.environ.get(FP32_INPUTS)):
+            fp32_inputs = said != "0"
+        kinds = 0 if fp32_inputs else library().lk_kinds()
+        self._pairs, self._bytes = bool(kinds & (4 if fp32_inputs is None else 1)), bool(kinds & 2)
         self._kept: list[Array] = []  # what C points at
         files = checkpoint.weights
         self._names: Mapping[str, str] = {

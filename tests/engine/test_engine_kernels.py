@@ -102,15 +102,19 @@ def test_products_that_round_their_inputs_equal_pytorch_with_the_same_rounding(
 ) -> None:
     if not library().lk_kinds() & (2 if quantize else 1):  # the other builds emulate what this processor lacks
         assert build == "native"
-        assert score(checkpoint, quantize=quantize) == score(checkpoint, quantize=quantize, fp32_inputs=True)
+        rounded, exact = (score(checkpoint, quantize=quantize, fp32_inputs=flag) for flag in (False, True))
+        assert rounded == exact
         return
     rounded, exact = (expected(checkpoint, rounding, int8=quantize is not None) for rounding in (inputs, lambda x: x))
-    found = score(checkpoint, quantize=quantize)
+    found = score(checkpoint, quantize=quantize, fp32_inputs=False)
     # Where a value lies between two roundings, the last bit of a sum before it decides; few do.
     assert distance(found, rounded) < 0.1 * distance(exact, rounded)
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"fp32_inputs": True}, {"dtype": "fp32"}], ids=str)
+@pytest.mark.parametrize("options",
+    [{"fp32_inputs": False}, {"quantize": "int8"}, {"fp32_inputs": True}, {"quantize": "int8", "fp32_inputs": True}],
+    ids=str,
+)
 def test_any_number_of_rows_gives_the_same_bits(checkpoint: Checkpoint, build: str, options: dict[str, Any]) -> None:
     """Steps of 1 to 14 tokens run every kernel there is."""
     whole = score(checkpoint, **options)
@@ -123,9 +127,11 @@ def test_inputs_are_rounded_only_where_that_was_asked_for(
 ) -> None:
     """Weights in bf16 stand for bf16 arithmetic, but not where fp32 is asked for, in one way or another."""
     monkeypatch.setenv("LLMC_CFLAGS", EMULATED)
-    rounded, exact = score(checkpoint), score(checkpoint, fp32_inputs=True)
+    rounded, exact = score(checkpoint, fp32_inputs=False), score(checkpoint, fp32_inputs=True)
     assert rounded != exact
-    assert score(checkpoint, dtype="fp32") == exact
+    assert score(checkpoint, dtype="fp32", fp32_inputs=False) == exact
+    monkeypatch.setenv("LLMKIT_ENGINE_FP32_INPUTS", "0")
+    assert score(checkpoint) == rounded
     monkeypatch.setenv("LLMKIT_ENGINE_FP32_INPUTS", "1")
     assert score(checkpoint) == exact
     assert score(checkpoint, fp32_inputs=False) == rounded
@@ -141,7 +147,7 @@ def test_a_step_with_nan_gives_nan_and_not_a_guess(tmp_path: Path, monkeypatch: 
     name = "model.layers.0.input_layernorm.weight"
     weights[name] = np.full_like(weights[name], np.nan)
     save_checkpoint(tmp_path / "b", config=model.config, weights=weights, tokenizer=None, provenance={})
-    for options in ({}, {"quantize": "int8"}, {"dtype": "bf16"}):
+    for options in ({}, {"quantize": "int8"}, {"dtype": "bf16", "fp32_inputs": False}):
         with EmbeddedEngine.open(Checkpoint.open(tmp_path / "b"), **options) as engine:  # type: ignore[arg-type]
             request = GenerateRequest(0, (5, 6), Sampling(max_tokens=1, temperature=0, logprobs=0, ignore_eos=True))
             assert np.isnan(next(engine.generate([request])).logprobs[0])
