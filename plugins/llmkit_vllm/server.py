@@ -108,9 +108,11 @@ class VLLMServer(Server):
             )
             url = f"http{'s' if options.tls_cert else ''}://{_in_url(options.host)}:{port}"
             try:
-                if self._wait_until_ready(process, _loopback(url, options.host), stop):
-                    ready(url)
-                    self._watch(process, _loopback(url, options.host), stop)
+                if not self._wait_until_ready(process, _loopback(url, options.host), stop):
+                    process.stop()
+                    return
+                ready(url)
+                self._watch(process, _loopback(url, options.host), stop)
                 process.stop(options.drain_seconds)
             finally:
                 process.close()

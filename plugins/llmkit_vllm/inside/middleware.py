@@ -26,12 +26,17 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN = ("/health", "/ping")  # what may be asked without a key
 STREAM_ERROR = b'data: {"error"'
 RETRY_SECONDS = 1
+DISCARD = 8  # times the largest body, that a body is read and dropped
 
 logger = logging.getLogger("vllm.llmkit")
 
 
 class TooLarge(Exception):
-    """The body has more bytes than are accepted."""
+    """The body has more bytes than are accepted; `more` of it are to come."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.more = more
 
 
 class Envelope:
@@ -90,7 +95,7 @@ class Envelope:
         answer = _Answer(send, method=scope["method"], path=scope["path"])
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if length.isdigit() and int(length) > self.max_body:
-            await self.refuse(send)
+            await self.refuse(receive, send)
             return
         seen = 0
 
@@ -99,18 +104,23 @@ class Envelope:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.max_body:
-                raise TooLarge
+                raise TooLarge(message.get("more_body", False))
             return message
 
         try:
             await self.app(scope, limited, answer.send)
-        except TooLarge:
-            await self.refuse(send)
+        except TooLarge as error:
+            await self.refuse(receive, send, more=error.more)
         except Exception:
             logger.exception("a request failed: %s %s", scope["method"], scope["path"])
             await answer.fail()
 
-    async def refuse(self, send: Send) -> None:
+    async def refuse(self, receive: Receive, send: Send, *, more: bool = True) -> None:
+        """413. What the client is still sending is read, within reason: else it sees no answer but a broken pipe."""
+        seen = 0
+        while more and seen < DISCARD * self.max_body:
+            part = await receive()
+            seen, more = seen + len(part.get("body", b"")), part.get("more_body", False)
         message = f"The body is larger than the {self.max_body} bytes that this server takes."
         await _answer(send, 413, envelope(413, message))
 
