@@ -102,12 +102,17 @@ def test_tasks_are_listed(args: list[str], capsys: pytest.CaptureFixture[str]) -
     [
         ([], "name the tasks with --tasks"),
         (["--tasks", ","], "name the tasks with --tasks"),
-        (["--tasks", "bpb,bpd"], "unknown task 'bpd': did you mean bpb?"),
+        (["--tasks", "bpb,bpd"], "unknown task 'bpd': did you mean bpb"),
         (["--tasks", "bpb", "--limit", "0"], "--limit"),
         (["--tasks", "bpb", "--engine", "transfomers"], "unknown engine 'transfomers': did you mean transformers?"),
         (["--tasks", "bpb", "--num-fewshot", "-1"], "--num-fewshot"),
-        (["--tasks", "helaswag"], "unknown task 'helaswag': did you mean hellaswag?"),
+        (["--tasks", "helaswag"], "unknown task 'helaswag': did you mean hellaswag"),
         (["--tasks", "humaneval", "--samples", "0"], "--samples"),
+        (
+            ["--tasks", "bpb", "--out", "results.md"],
+            "--out is for JSON, and Markdown comes beside it: name it results.json",
+        ),
+        (["--tasks", "bpb", "--out", "."], "is a directory"),
     ],
 )
 def test_wrong_use_is_exit_code_2(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,20 @@ def test_a_full_disk_stops_only_the_keeping(tmp_path: Path, capsys: pytest.Captu
     cache.close()
 
 
+def test_a_full_disk_loses_no_answers(checkpoint: Checkpoint, data: Path, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "r.samples.jsonl").symlink_to("/dev/full")
+    full = start(checkpoint, data, tmp_path / "r.json")
+    _, err = full.communicate()
+    assert full.returncode == 1
+    assert f"{tmp_path}/r.samples.jsonl: No space left on device (the answers so far are kept" in err
+    (tmp_path / "r.samples.jsonl").unlink()
+    roomy = start(checkpoint, data, tmp_path / "r.json")
+    out, err = roomy.communicate()
+    assert roomy.returncode == 0, err
+    assert json.loads(out)["cached"] >= 1
+    assert lines(tmp_path / "r.samples.jsonl") == lines(tmp_path / "asked") == DOCUMENTS
+
+
 def test_the_oldest_answers_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eval_cache, "MAX_BYTES", 2500)
     now = time.time()

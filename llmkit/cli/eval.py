@@ -208,7 +208,7 @@ def _run(evaluation: Evaluation, engine: Engine, samples: IO[str] | None, cache:
     with ui.progress("evaluating", evaluation.total) as update:
         for number, sample in enumerate(evaluation.run(engine, cache)):
             if samples is not None:
-                if number == 0:
+                if number == 0 and samples.tell():
                     samples.truncate(0)
                 try:
                     samples.write(json.dumps(sample.to_json(), ensure_ascii=False, default=str) + "\n")
