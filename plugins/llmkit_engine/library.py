@@ -17,7 +17,7 @@ KV_BLOCK = 16  # tokens in a block of the cache, as in engine.h
 #: how weights are stored, as in engine.h
 F32, BF16, INT8, F16, PAIRS, BYTES = range(6)
 NORMS = {"layer": 0, "rms": 1}
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4}
 
 
 class Packed(Structure):
@@ -39,6 +39,7 @@ class Layer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("norm1_w", "norm1_b", "norm2_w", "norm2_b")),
         *((name, Packed) for name in ("qkv", "out", "up", "down")),
+        *((name, c_float) for name in ("stream", "embedded", "skip", "value")),
     ]
 
 
@@ -50,9 +51,8 @@ class Model(Structure):
             (name, c_int64)
             for name in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "rotary_dim")
         ),
-        *((name, c_int64) for name in ("norm", "activation", "gated", "embedding_dtype")),
-        ("eps", c_float),
-        ("attention_scale", c_float),
+        *((name, c_int64) for name in ("norm", "activation", "gated", "embedding_dtype", "qk_norm", "mixes", "window")),
+        *((name, c_float) for name in ("eps", "attention_scale", "softcap")),
         ("layer", POINTER(Layer)),
         ("final_w", c_void_p),
         ("final_b", c_void_p),

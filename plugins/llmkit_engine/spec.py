@@ -13,7 +13,7 @@ from typing import Any, Literal
 from llmkit.engine import UnsupportedModel
 
 Norm = Literal["layer", "rms"]
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 
 #: names in config.json -> ours
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -46,15 +46,32 @@ class NormNames:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockSpec:
-    """Tensors of one block. `qkv` gives queries, keys and values, `up` the gate first where the block is gated."""
+class Mixing:
+    """Tensors of the factors with which a block's input and values are mixed; None where they are not.
 
-    norm1: NormNames
+    x becomes lambdas[0] (x + skip · output of the mirrored block) + lambdas[1] · normed embedding; values become
+    (1 - value) v + value · those of block 0.
+    """
+
+    lambdas: str | None  # (2)
+    value: str | None  # (1)
+    skip: tuple[str, int, int] | None  # tensor, its length, index
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpec:
+    """Tensors of one block. `qkv` gives queries, keys and values, `up` the gate first where the block is gated.
+
+    A norm without tensors is None.
+    """
+
+    norm1: NormNames | None
     qkv: Linear
     out: Linear
-    norm2: NormNames
+    norm2: NormNames | None
     up: Linear
     down: Linear
+    mixing: Mixing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +93,14 @@ class ModelSpec:
     blocks: tuple[BlockSpec, ...]
     embedding: str
     positions: str | None  # (context, width)
-    final_norm: NormNames
+    final_norm: NormNames | None
     head: str | None
     base_prefix: str = ""  # names in files saved from the bare model lack it
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    qk_norm: bool = False  # RMS norm without parameters of queries and keys, before the rotation
+    mixes: bool = False  # blocks have `mixing`, and the embedding is normed
+    softcap: float = 0.0  # logits become softcap · tanh(logits / softcap); 0: they stay
+    window: int | None = None  # how many tokens attention reaches back, the token's own included
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "width", "heads", "kv_heads", "head_dim", "ffn"):

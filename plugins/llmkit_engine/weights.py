@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmkit.checkpoint import Checkpoint, CheckpointError
 from llmkit_engine import library as lib
 from llmkit_engine.library import library
-from llmkit_engine.spec import Linear, ModelSpec, NormNames
+from llmkit_engine.spec import Linear, Mixing, ModelSpec, NormNames
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,6 +83,9 @@ class Weights:
                 setattr(layer, f"norm{index}_b", bias)
             for name in ("qkv", "out", "up", "down"):
                 setattr(layer, name, self._pack(getattr(block, name)))
+            layer.stream = 1.0
+            if block.mixing is not None:
+                self._mix(layer, block.mixing)
         self._layers = layers
         embedding = self._stored(spec.embedding, (spec.vocab, spec.width))
         positions = self._stored(spec.positions, (spec.context, spec.width)) if spec.positions else None
@@ -104,8 +107,12 @@ class Weights:
             activation=lib.ACTIVATIONS[spec.activation],
             gated=int(spec.gated),
             embedding_dtype=lib.BF16 if embedding.dtype == np.uint16 else lib.F32,
+            qk_norm=int(spec.qk_norm),
+            mixes=int(spec.mixes),
+            window=spec.window or 0,
             eps=spec.eps,
             attention_scale=spec.attention_scale or spec.head_dim**-0.5,
+            softcap=spec.softcap,
             layer=ctypes.cast(layers, ctypes.POINTER(lib.Layer)),
             final_w=final_w,
             final_b=final_b,
@@ -136,7 +143,18 @@ class Weights:
         self._stored(name, shape)  # checks it
         return np.ascontiguousarray(self._checkpoint.weights[self._names[name]])
 
-    def _norm(self, names: NormNames) -> tuple[int, int | None]:
+    def _mix(self, layer: lib.Layer, names: Mixing) -> None:
+        if names.lambdas is not None:
+            layer.stream, layer.embedded = self._float(names.lambdas, (2,))
+        if names.value is not None:
+            layer.value = self._float(names.value, (1,))[0]
+        if names.skip is not None:
+            name, length, index = names.skip
+            layer.skip = self._float(name, (length,))[index]
+
+    def _norm(self, names: NormNames | None) -> tuple[int | None, int | None]:
+        if names is None:
+            return None, None
         weight = self._vector([names.weight], [self._spec.width])
         return weight, None if names.bias is None else self._vector([names.bias], [self._spec.width])
 

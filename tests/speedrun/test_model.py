@@ -13,8 +13,6 @@ pytest.importorskip("transformers")
 
 from speedrun_support import random_model, save, training  # noqa: E402
 
-from llmkit.engine import GenerateRequest, Sampling, ScoreRequest  # noqa: E402
-from llmkit.engines import open_engine  # noqa: E402
 from llmkit_speedrun.config import FEATURES  # noqa: E402
 
 ABLATIONS: list[dict[str, Any]] = [
@@ -190,17 +188,6 @@ def test_the_trainer_computes_what_the_checkpoint_computes(tmp_path: Path) -> No
     with torch.inference_mode():
         ours, theirs = run.validation_loss(ids[:, :-1], ids[:, 1:]), saved(ids, labels=ids).loss
     assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
-
-
-def engine_answers(checkpoint: Any, name: str, length: int) -> tuple[dict[int, list[int]], dict[int, Any]]:
-    prompts = [tuple(ids_of(1, size, seed=size)[0].tolist()) for size in (1, 5, 17)]
-    greedy = Sampling(temperature=0, max_tokens=length, ignore_eos=True)
-    with open_engine(checkpoint, name, dtype="fp32", device="cpu") as engine:
-        tokens: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
-        for chunk in engine.generate([GenerateRequest(i, prompt, greedy) for i, prompt in enumerate(prompts)]):
-            tokens[chunk.id] += chunk.tokens
-        scores = engine.score([ScoreRequest(i, prompt, prompts[2]) for i, prompt in enumerate(prompts)])
-        return tokens, {result.id: result.logprobs for result in scores}
 
 
 def test_every_feature_can_be_switched_off(tmp_path: Path) -> None:

@@ -28,7 +28,17 @@ void lk_rotate(Run *r, int64_t layer, int thread) {
     for (int64_t item = lo; item < hi; item++) {
         int64_t t = item / m->kv_heads, head = item % m->kv_heads;
         float *row = r->qkv + t * width, *k = row + (m->heads + head) * hd;
-        const float *v = k + m->kv_heads * hd;
+        float *v = k + m->kv_heads * hd;
+        if (m->mixes) {
+            float *first = r->v0 + (t * m->kv_heads + head) * hd, part = m->layer[layer].value;
+            if (layer == 0) memcpy(first, v, (size_t)hd * 4);
+            else
+                for (int64_t d = 0; d < hd; d++) v[d] += part * (first[d] - v[d]);
+        }
+        if (m->qk_norm) {
+            for (int64_t g = 0; g < group; g++) lk_rms(row + (head * group + g) * hd, hd, m->eps);
+            lk_rms(k, hd, m->eps);
+        }
         if (half) {
             const float *cos = st->cos + st->pos[t] * half, *sin = st->sin + st->pos[t] * half;
             for (int64_t g = 0; g < group; g++) rotate(row + (head * group + g) * hd, cos, sin, half);
@@ -111,8 +121,8 @@ static void values_of(int mr, int nv, int64_t tokens, const float *p, const floa
 }
 static int vectors_at_once(int mr, int64_t left) { return left >= 4 && mr <= TILE * NRV / 4 ? 4 : left >= 2 ? 2 : 1; }
 
-// Turns the scores of row i, over `length` keys, into e^(score - maximum), 0 beyond; 1 / their sum.
-static float soften(float *s, int64_t mr, int64_t length, int64_t blocks) {
+// Turns the scores of row i, over keys [begin, length), into e^(score - maximum), 0 elsewhere; 1 / their sum.
+static float soften(float *s, int64_t mr, int64_t begin, int64_t length, int64_t blocks) {
     vf high = vf_set(-INFINITY), sum = vf_set(0);
     int64_t step = mr * KV_BLOCK;
     for (int64_t t = 0; t < length; t += VL) {
@@ -120,6 +130,7 @@ static float soften(float *s, int64_t mr, int64_t length, int64_t blocks) {
         float *p = s + t / KV_BLOCK * step + t % KV_BLOCK;
         vf v = vf_load(p);
         for (int64_t i = n; i < VL; i++) v[i] = -INFINITY;
+        for (int64_t i = 0; i < VL && t + i < begin; i++) v[i] = -INFINITY;
         high = vf_max(high, v);
     }
     float top = vf_highest(high);
@@ -128,6 +139,7 @@ static float soften(float *s, int64_t mr, int64_t length, int64_t blocks) {
         float *p = s + t / KV_BLOCK * step + t % KV_BLOCK;
         vf v = n > 0 ? vf_exp(vf_load(p) - top) : vf_set(0);
         for (int64_t i = n > 0 ? n : VL; i < VL; i++) v[i] = 0;
+        for (int64_t i = 0; i < VL && t + i < begin; i++) v[i] = 0;
         sum += v;
         vf_store(p, v);
     }
@@ -141,15 +153,20 @@ static void attend(Run *r, int64_t layer, int64_t s, int64_t head, int64_t j0, i
     int64_t hd = m->head_dim, hp = head_pad(hd), group = m->heads / m->kv_heads, width = (m->heads + 2 * m->kv_heads) * hd;
     const int32_t *table = st->table + s * st->table_stride;
     float *q = scratch, *p = q + hd * TILE, inverse[TILE], *out[TILE];
-    int64_t length[TILE], longest = 0;
+    int64_t begin[TILE], length[TILE], longest = 0, first = INT64_MAX;
     for (int i = 0; i < mr; i++) {
         int64_t t = st->start[s] + (j0 + i) / group, h = head * group + (j0 + i) % group;
         const float *x = r->qkv + t * width + h * hd;
         for (int64_t d = 0; d < hd; d++) q[d * mr + i] = x[d] * m->attention_scale;
         out[i] = r->att + (t * m->heads + h) * hd;
         length[i] = st->pos[t] + 1;
+        begin[i] = m->window && length[i] > m->window ? length[i] - m->window : 0;
         longest = length[i] > longest ? length[i] : longest;
+        first = begin[i] < first ? begin[i] : first;
     }
+    // Positions count from the first block that a window reaches; what a row's own window leaves out adds zeros.
+    first -= first % KV_BLOCK;
+    table += first / KV_BLOCK, longest -= first;
     int64_t blocks = ceil_div(longest, KV_BLOCK), vectors = blocks * (KV_BLOCK / VL);
     const float **values = (const float **)(p + ceil_div(r->max_context, KV_BLOCK) * KV_BLOCK * TILE);
     for (int64_t b = 0; b < blocks; b++) values[b] = kv_at(r, layer, table[b], head) + hd * KV_BLOCK;
@@ -165,7 +182,7 @@ static void attend(Run *r, int64_t layer, int64_t s, int64_t head, int64_t j0, i
         scores_of(mr, nv, hd, q, keys, scores);
         v += nv;
     }
-    for (int i = 0; i < mr; i++) inverse[i] = soften(p + i * KV_BLOCK, mr, length[i], blocks);
+    for (int i = 0; i < mr; i++) inverse[i] = soften(p + i * KV_BLOCK, mr, begin[i] - first, length[i] - first, blocks);
     for (int64_t c = 0; c < hp;) {
         int nv = vectors_at_once(mr, (hp - c) / VL);
         values_of(mr, nv, longest, p, values, hp, c, inverse, out, hd);

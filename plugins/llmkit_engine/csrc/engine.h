@@ -32,7 +32,7 @@ _Static_assert(KV_BLOCK % VL == 0, "a block of keys is a whole number of vectors
 
 enum { LK_F32 = 0, LK_BF16 = 1, LK_INT8 = 2, LK_F16 = 3, LK_PAIRS = 4, LK_BYTES = 5 }; // the last two: see pack.c
 enum { LK_NORM_LAYER = 0, LK_NORM_RMS = 1 };
-enum { LK_ACT_SILU = 0, LK_ACT_GELU_TANH = 1, LK_ACT_GELU = 2, LK_ACT_RELU = 3 };
+enum { LK_ACT_SILU = 0, LK_ACT_GELU_TANH = 1, LK_ACT_GELU = 2, LK_ACT_RELU = 3, LK_ACT_RELU2 = 4 };
 
 // Packed weights (n outputs, k inputs): panels of NR outputs, see pack.c. `scale` (n) for int8 only; `bias` (n) or NULL.
 typedef struct {
@@ -45,12 +45,13 @@ typedef struct {
 typedef struct {
     const float *norm1_w, *norm1_b, *norm2_w, *norm2_b; // (C); the biases may be NULL
     Packed qkv, out, up, down;                          // up: gate and up stacked where the block is gated
+    float stream, embedded, skip, value;                // where the model mixes: see mix.c
 } Layer;
 
 typedef struct {
     int64_t layers, width, heads, kv_heads, head_dim, ffn, vocab, rotary_dim; // rotary_dim 0: no rotation
-    int64_t norm, activation, gated, embedding_dtype;
-    float eps, attention_scale;
+    int64_t norm, activation, gated, embedding_dtype, qk_norm, mixes, window; // window 0: attention reaches all tokens
+    float eps, attention_scale, softcap; // softcap 0: none
     const Layer *layer;
     const float *final_w, *final_b;
     Packed head;
@@ -78,6 +79,7 @@ typedef struct {
     int wanted, threads; // of the team: asked for, and in this step
     int64_t max_tokens, max_rows, max_context;
     float *x, *qkv, *att, *wide;     // (M, C), (M, (H + 2 KV) hd), (M, H hd), (M, F or 2F)
+    float *x0, *v0, *skips;          // where the model mixes: (M, C), (M, KV hd), (layers / 2, M, C)
     float *packed;                   // the input of a product, see prologue.c
     float *scratch;                  // per thread
     size_t scratch_floats;
@@ -140,6 +142,10 @@ typedef struct {
 
 void lk_prologue(Run *r, const Input *in, int64_t rows, int thread);
 void lk_product(Run *r, const Packed *w, int64_t rows, float *out, int64_t ld, int accumulate, int thread, int counter);
+void lk_keep_embedding(Run *r, int64_t token);
+void lk_mix(Run *r, int64_t layer);
+void lk_softcap(Run *r);
+void lk_rms(float *x, int64_t n, float eps);
 void lk_rotate(Run *r, int64_t layer, int thread);
 void lk_attention(Run *r, int64_t layer, int thread, int counter);
 int64_t lk_attention_floats(const Model *m, int64_t context);

@@ -17,7 +17,7 @@ void *lk_zeroed(size_t bytes) {
 
 void lk_close(Run *r) {
     if (!r) return;
-    free(r->x), free(r->qkv), free(r->att), free(r->wide), free(r->packed), free(r->scratch), free(r);
+    free(r->x), free(r->x0), free(r->v0), free(r->skips), free(r->qkv), free(r->att), free(r->wide), free(r->packed), free(r->scratch), free(r);
 }
 
 // Scratch memory for steps of at most these sizes; NULL where there is no memory.
@@ -34,8 +34,14 @@ Run *lk_open(const Model *m, int64_t max_tokens, int64_t max_rows, int64_t max_c
     r->qkv = lk_zeroed(tokens * (size_t)((m->heads + 2 * m->kv_heads) * m->head_dim) * f);
     r->att = lk_zeroed(tokens * (size_t)(m->heads * m->head_dim) * f);
     r->wide = lk_zeroed(tokens * (size_t)wide * f);
+    if (m->mixes) {
+        r->x0 = lk_zeroed(tokens * (size_t)m->width * f);
+        r->v0 = lk_zeroed(tokens * (size_t)(m->kv_heads * m->head_dim) * f);
+        r->skips = lk_zeroed((size_t)(m->layers / 2) * tokens * (size_t)m->width * f);
+    }
     r->packed = lk_zeroed((tokens > (size_t)max_rows ? tokens : (size_t)max_rows) * (size_t)deep * f);
     r->scratch = lk_zeroed(r->scratch_floats * (size_t)threads * f);
+    if (m->mixes && !(r->x0 && r->v0 && r->skips)) return lk_close(r), NULL;
     if (r->x && r->qkv && r->att && r->wide && r->packed && r->scratch) return r;
     lk_close(r);
     return NULL;
@@ -74,13 +80,15 @@ static void embed(Run *r) {
     const Step *st = r->step;
     int64_t lo, hi, C = m->width;
     parallel_range(st->tokens, 1, &lo, &hi);
-    for (int64_t t = lo; t < hi; t++)
+    for (int64_t t = lo; t < hi; t++) {
         for (int64_t c = 0; c < C; c += VL) {
             int64_t n = C - c < VL ? C - c : VL;
             vf v = load_as(m->embedding, st->ids[t] * C + c, n, m->embedding_dtype);
             if (m->positions) v += load_as(m->positions, st->pos[t] * C + c, n, m->embedding_dtype);
             vf_store_n(r->x + t * C + c, v, n);
         }
+        if (m->mixes) lk_keep_embedding(r, t);
+    }
 }
 
 static void forward(Run *r) {
@@ -95,6 +103,7 @@ static void forward(Run *r) {
     MEET;
     for (int64_t l = 0; l < m->layers; l++) {
         const Layer *layer = &m->layer[l];
+        if (m->mixes) lk_mix(r, l), MEET;
         INPUT(layer->qkv.kind, IN_NORM, r->x, C, C, NULL, layer->norm1_w, layer->norm1_b);
         lk_product(r, &layer->qkv, M, r->qkv, qkv, 0, thread, c), MEET;
         lk_rotate(r, l, thread), MEET;
@@ -109,6 +118,7 @@ static void forward(Run *r) {
     if (st->rows) {
         lk_prologue(r, &(Input){m->head.kind, IN_NORM, r->x, C, C, st->row, m->final_w, m->final_b}, st->rows, thread), MEET;
         lk_product(r, &m->head, st->rows, st->logits, m->vocab, 0, thread, c);
+        if (m->softcap > 0) MEET, lk_softcap(r);
     }
 }
 

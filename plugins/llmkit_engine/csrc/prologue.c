@@ -19,6 +19,7 @@ INLINE vf activate(vf v, int64_t kind) {
     if (kind == LK_ACT_SILU) return v * vf_sigmoid(v);
     if (kind == LK_ACT_GELU_TANH) return 0.5f * v * (1.0f + tanh_of(0.7978845608f * (v + 0.044715f * v * v * v)));
     if (kind == LK_ACT_RELU) return vf_max(v, vf_set(0));
+    if (kind == LK_ACT_RELU2) return vf_max(v, vf_set(0)) * vf_max(v, vf_set(0));
     float x[VL];
     vf_store(x, v);
     for (int i = 0; i < VL; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.7071067812f));
