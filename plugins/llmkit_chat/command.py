@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="NAME", help="Which of the server's models, with --url. [default: the only one]")
 @click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the server's key, with --url.")
 @click.option("--system", metavar="TEXT", help="System message.")
-@click.option("--complete", is_flag=True, help="Continue text and do not answer; always so for base models.")
+@click.option(
+    "--complete/--no-complete",
+    default=None,
+    help="Continue text and do not answer. [default: for base models, which --no-complete gives a plain transcript]",
+)
 @sampling_flags
 @click.option(
     "--max-tokens",
@@ -49,7 +53,7 @@ def command(
     model: str | None,
     api_key_env: str | None,
     system: str | None,
-    complete: bool,
+    complete: bool | None,
     greedy: bool,
     temperature: float | None,
     top_k: int | None,
@@ -92,7 +96,9 @@ def command(
     opened = _open_remote(url, model, api_key_env, complete) if url else _open_local(checkpoint, complete, engine)
     try:
         if opened.completes and conversation.system is not None:
-            raise click.UsageError("a base model has no system message: it only continues text")
+            raise click.UsageError(
+                "a text that is only continued has no system message (--no-complete makes it a chat)"
+            )
         if interactive:
             _talk(opened, conversation, parameters, plain=plain, save_to=save_to)
         else:
@@ -117,7 +123,7 @@ def _check_place(
             raise click.UsageError(f"--{name} is the server's to choose, so it cannot be combined with --url")
 
 
-def _open_remote(url: str, model: str | None, api_key_env: str | None, complete: bool) -> ChatModel:
+def _open_remote(url: str, model: str | None, api_key_env: str | None, complete: bool | None) -> ChatModel:
     from llmkit.component import require
 
     require(("openai",), "llmkit chat --url")
@@ -126,16 +132,16 @@ def _open_remote(url: str, model: str | None, api_key_env: str | None, complete:
     key = None
     if api_key_env is not None and not (key := os.environ.get(api_key_env)):
         raise click.UsageError(f"the environment variable {api_key_env} is not set")
-    return RemoteModel(url, model, key, completes=True if complete else None)
+    return RemoteModel(url, model, key, completes=complete)
 
 
-def _open_local(checkpoint: str | None, complete: bool, engine: dict[str, str | None]) -> ChatModel:
+def _open_local(checkpoint: str | None, complete: bool | None, engine: dict[str, str | None]) -> ChatModel:
     from llmkit.checkpoint import Checkpoint
     from llmkit.engines import open_engine
     from llmkit_chat.models import LocalModel
 
     opened = Checkpoint.open(checkpoint)
-    completes = complete or opened.chat_template is None
+    completes = opened.chat_template is None if complete is None else complete
     name = engine.pop("engine")
     return LocalModel(opened, open_engine(opened, name, **engine), completes=completes)
 

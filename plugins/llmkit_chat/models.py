@@ -6,6 +6,7 @@ the beginning of the conversation, and the first part says so.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from abc import ABC, abstractmethod
@@ -91,13 +92,16 @@ class LocalModel(ChatModel):
         self._busy = threading.Lock()  # an answer that was interrupted may still be in its last step
 
     def reply(self, messages: Messages, parameters: Parameters, cancelled: threading.Event) -> Iterator[Part]:
-        from llmkit.chat import encode_chat
+        from llmkit.chat import PLAIN_STOPS, encode_chat
 
+        plain = self._checkpoint.chat_template is None
+        if plain:
+            parameters = dataclasses.replace(parameters, stop=(*parameters.stop, *PLAIN_STOPS))
         kept, room = messages, self._prompt_room(parameters)
-        ids = encode_chat(self._checkpoint, kept)
+        ids = encode_chat(self._checkpoint, kept, plain=plain)
         while len(ids) > room and (shorter := drop_oldest(kept)):
             kept = shorter
-            ids = encode_chat(self._checkpoint, kept)
+            ids = encode_chat(self._checkpoint, kept, plain=plain)
         if len(ids) >= self._engine.context_length:
             raise ValueError(
                 f"the message is too long: with it the conversation has {len(ids)} tokens, and the model's context of "

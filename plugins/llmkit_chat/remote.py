@@ -32,7 +32,7 @@ class RemoteModel(ChatModel):
     def __init__(self, url: str, model: str | None, api_key: str | None, *, completes: bool | None) -> None:
         """Find the model on the server; None takes the only one. Raises ValueError where that fails.
 
-        `completes` None asks the server, whose list says `"chat": false` for a base model if it is ours.
+        `completes` None asks the server, whose list says `"has_chat_template": false` for a base model if it is ours.
         """
         import openai
 
@@ -54,7 +54,9 @@ class RemoteModel(ChatModel):
     def _served(self) -> dict[str, bool | None]:
         """The models that the server lists, each with what it says about chat."""
         with self._errors():
-            return {model.id: (model.model_extra or {}).get("chat") for model in self._client.models.list()}
+            return {
+                model.id: (model.model_extra or {}).get("has_chat_template") for model in self._client.models.list()
+            }
         return {}
 
     def reply(self, messages: Messages, parameters: Parameters, cancelled: threading.Event) -> Iterator[Part]:

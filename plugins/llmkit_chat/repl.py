@@ -103,9 +103,7 @@ class Repl:
     def greet(self) -> None:
         self._console.print(Text.assemble((self.model.name, "bold"), "  /help lists commands, Ctrl-D leaves"))
         if self.model.completes:
-            self.note(
-                "a base model, without a chat template: it continues your text, each text by itself; /more goes on"
-            )
+            self.note("your text is continued, each text by itself; /more goes on (a base model, or --complete)")
         if self.conversation.turns:
             self._show_conversation()
 
@@ -170,7 +168,7 @@ class Repl:
 
     def _do_system(self, text: str) -> None:
         if text and self.model.completes:
-            raise ValueError("a base model has no system message: it only continues text")
+            raise ValueError("a text that is only continued has no system message")
         if text:
             self.conversation.system = None if text == "-" else text
         self.note(f"system message: {self.conversation.system or 'none'}")

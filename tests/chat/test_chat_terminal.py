@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,27 +14,8 @@ from typing import Any
 import pexpect
 import pytest
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'user' %}"
-    "{{ m.content }}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
-)
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-
-
-@pytest.fixture(scope="module")
-def base_model(test_data: Path) -> Path:
-    """260 K parameters that tell stories, in a context of 512 tokens."""
-    return test_data / "models" / "stories260k-hf"
-
-
-@pytest.fixture(scope="module")
-def chat_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a chat template, so that it goes on from what the user says."""
-    folder = tmp_path_factory.mktemp("models") / "stories-chat"
-    shutil.copytree(base_model, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
 
 
 class Terminal:
@@ -215,7 +195,7 @@ def test_a_base_model_continues_text(terminal: Open, base_model: Path) -> None:
     assert "little girl" not in more
     assert "tokens/s" in more
     assert "there was a little girl" in chat.say("Once upon a time")  # each text by itself
-    assert "a base model has no system message" in chat.say("/system Be kind.")
+    assert "a text that is only continued has no system message" in chat.say("/system Be kind.")
     chat.leave()
 
 
@@ -225,6 +205,14 @@ def pipe(*args: object, text: str = "", code: int = 0) -> subprocess.CompletedPr
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_a_base_model_can_be_given_a_transcript(base_model: Path) -> None:
+    args = (base_model, "--greedy", "--max-tokens", "12", "--json")
+    continued = json.loads(pipe(*args, text="Once upon a time").stdout)
+    answered = json.loads(pipe(*args, "--no-complete", "--system", "A tale.", text="Once upon a time").stdout)
+    assert continued["answer"] != answered["answer"]
+    assert "no system message" in pipe(*args, "--system", "A tale.", text="Once upon a time", code=2).stderr
 
 
 def test_all_of_a_pipe_is_one_message(chat_model: Path, tmp_path: Path) -> None:

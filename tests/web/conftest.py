@@ -18,6 +18,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Dialog, Locator, Page, 
 from llmkit.testing.tiny import tiny_checkpoint
 
 HERE = Path(__file__).parent
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 expect.set_options(timeout=15_000)  # the machine may be busy
@@ -39,9 +40,6 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """talker, a chat model; narrow, another with a context of 160 bytes; writer, a base model."""
-    sys.path.insert(0, str(HERE))
-    from scripted_engine import TEMPLATE
-
     folder = tmp_path_factory.mktemp("models")
     for name, context in (("talker", 16384), ("narrow", 160), ("writer", 1024)):
         tiny_checkpoint(folder / name, context=context)

@@ -1,6 +1,6 @@
 """An engine for tests of the chat page: a plugin whose answers follow from what it is told.
 
-A checkpoint's tokenizer is `byte`, so that it reads its prompt, and its template marks messages as `<user>…`. The last
+A checkpoint's tokenizer is `byte`, so that it reads its prompt, and its template writes messages as `<user>…`. The last
 message tells it what to say: `say TEXT`, `slowly TEXT` (a character each 20 ms), `prompt?` for all that it was given,
 `sampling?` for the parameters. A text without messages gets " and so on." slowly.
 """
@@ -14,8 +14,6 @@ from typing import Any
 from llmkit import hookimpl
 from llmkit.checkpoint import Checkpoint
 from llmkit.engine import Chunk, Engine, FinishReason, GenerateRequest, ScoreRequest, ScoreResult
-
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
 class ScriptedEngine(Engine):
