@@ -23,6 +23,10 @@ TYPES = {
 }
 
 
+class ClientGone(Exception):
+    """The client has closed its connection, so there is nobody to answer."""
+
+
 class APIError(HTTPException):
     """An answer other than success: `message` says what was wrong and what to do.
 
@@ -77,6 +81,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def _api(request: Request, error: APIError) -> Response:
         return error.response()
+
+    @app.exception_handler(ClientGone)
+    async def _gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nginx's number for it; it reaches nobody but the metrics
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

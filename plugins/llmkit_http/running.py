@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ def run_server(
 ) -> None:
     """Serve on a listening socket until `stop` is set, then drain. Raises what loading the models raises."""
     at = Service(Models(checkpoints), options)
+    logging.getLogger("uvicorn.error").addFilter(_worth_logging)
     server = _uvicorn(create_app(at, keys), options)
     scheme = "https" if options.tls_cert else "http"
     url = f"{scheme}://{_host_in_url(options.host)}:{listener.getsockname()[1]}"
@@ -39,6 +41,13 @@ def run_server(
             runner.run(_serve(server, listener, at, lambda: ready(url), stop))
     finally:
         at.models.close()
+
+
+def _worth_logging(record: logging.LogRecord) -> bool:
+    """Not that requests were cancelled, or that a response was not completed: both are ends that the server makes."""
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False
+    return "without completing response" not in record.getMessage()
 
 
 async def _serve(

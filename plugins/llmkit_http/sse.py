@@ -10,16 +10,12 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmkit_http.errors import as_api_error
+from llmkit_http.errors import ClientGone, as_api_error
 
 DONE = b"data: [DONE]\n\n"
 SEND_SECONDS = 60  # a client that takes nothing for so long is given up
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client has closed its connection."""
 
 
 async def _gone(receive: Receive) -> None:

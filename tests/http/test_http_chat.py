@@ -253,9 +253,11 @@ def test_responses_are_stateless(client):
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path):
-    with serving({"smollm2": Checkpoint.open(smollm2_path)}) as url:
-        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
-            yield client
+    with (
+        serving({"smollm2": Checkpoint.open(smollm2_path)}) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client,
+    ):
+        yield client
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -121,9 +122,12 @@ def test_a_body_that_is_too_large_is_refused(small):
 def test_a_head_that_is_too_large_ends_the_connection(tiny_url):
     with connect(tiny_url) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-        with pytest.raises(OSError):
-            for number in range(100_000):
-                connection.sendall(f"X-Header-{number}: {'x' * 1000}\r\n".encode())
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 2**24:
+                connection.sendall(f"X-Header-{sent}: {'x' * 1000}\r\n".encode())
+                sent += 1000
+        assert sent < 2**24
     assert httpx.get(f"{tiny_url}/health", timeout=SECONDS).status_code == 200
 
 
