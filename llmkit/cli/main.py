@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": "Generate text with a checkpoint.",
     "serve": "Serve a checkpoint.",
     "export": "Convert a checkpoint to another format.",
-    "report": "Write a report of a training run.",
+    "report": "Write a report of a training run, or compare evaluations.",
     "plugins": "List, create, install and remove plugins.",
     "doctor": "Say what this machine can do, and how to get what is missing.",
 }
