@@ -5,6 +5,9 @@ python benchmarks/llmc.py [--json] [--rounds N] [--llmc-reference EXECUTABLE]
 Each contestant is a process of its own that does one step when told to, in turn with the other, so that both see the
 same machine. A ratio is that of the medians; above 1, llmc is faster. PyTorch is this project's own `torch` backend:
 eager, scaled_dot_product_attention, fused AdamW. Memory is the peak of the process, libraries included.
+
+Neither side clips gradients, as llm.c's CPU program does not; "clipped" has the figures with both clipping to norm 1,
+for which llmc has to store the gradients.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ RATE, DECAY, CLIP, BETAS, EPSILON = 1e-4, 0.1, 1.0, (0.9, 0.95), 1e-8
 PRODUCTS = [(n, o, i) for n in (256, 1024) for o, i in ((2304, 768), (768, 768), (3072, 768), (768, 3072))]
 
 
-def worker(contestant: str, dtype: str, batch: int, length: int, threads: int) -> None:
+def worker(contestant: str, dtype: str, batch: int, length: int, threads: int, clip: int) -> None:
     """Does one step for each line on stdin and prints its seconds; at the end, the peak memory in bytes."""
     rng = np.random.default_rng(0)
     x, y = (rng.integers(0, GPT2_124M.vocab, (batch, length)) for _ in range(2))
-    step = (llmc_step if contestant == "llmc" else torch_step)(dtype, x, y, threads)
+    step = (llmc_step if contestant == "llmc" else torch_step)(dtype, x, y, threads, clip)
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = step()
@@ -49,7 +52,7 @@ def worker(contestant: str, dtype: str, batch: int, length: int, threads: int) -
     print(json.dumps({"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
 
 
-def llmc_step(dtype: str, x: Any, y: Any, threads: int) -> Any:
+def llmc_step(dtype: str, x: Any, y: Any, threads: int, clip: int) -> Any:
     from llmkit_llmc.library import AdamW, Model, load
 
     model = Model(load(), GPT2_124M, dtype=dtype, threads=threads)
@@ -58,16 +61,19 @@ def llmc_step(dtype: str, x: Any, y: Any, threads: int) -> Any:
 
     def step() -> float:
         nonlocal done
-        loss = model.gradient(x, y, scale=1 / x.size, accumulate=False)
-        norm = model.grad_square() ** 0.5
         done += 1
-        model.update(AdamW(RATE, *BETAS, EPSILON, DECAY, min(1.0, CLIP / norm), done, done))
+        how = AdamW(RATE, *BETAS, EPSILON, DECAY, 1.0, done, done)
+        if not clip:
+            return model.step(x, y, how, scale=1 / x.size)[0]
+        loss = model.gradient(x, y, scale=1 / x.size, accumulate=False)
+        how.grad_scale = min(1.0, CLIP / model.grad_square() ** 0.5)
+        model.update(how)
         return loss
 
     return step
 
 
-def torch_step(dtype: str, x: Any, y: Any, threads: int) -> Any:
+def torch_step(dtype: str, x: Any, y: Any, threads: int, clip: int) -> Any:
     import torch
 
     from llmkit_torch.model import GPT2
@@ -84,7 +90,8 @@ def torch_step(dtype: str, x: Any, y: Any, threads: int) -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         return loss.item()
@@ -95,9 +102,10 @@ def torch_step(dtype: str, x: Any, y: Any, threads: int) -> Any:
 class Contestant:
     """A worker process."""
 
-    def __init__(self, name: str, dtype: str, batch: int, length: int, threads: int) -> None:
+    def __init__(self, name: str, dtype: str, batch: int, length: int, threads: int, clip: bool) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
-        command = [sys.executable, __file__, "--worker", name, dtype, str(batch), str(length), str(threads)]
+        numbers = [str(n) for n in (batch, length, threads, int(clip))]
+        command = [sys.executable, __file__, "--worker", name, dtype, *numbers]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -130,16 +138,17 @@ class Contestant:
         return memory
 
 
-def race(dtype: str, batch: int, length: int, rounds: int, threads: int) -> dict[str, Any]:
+def race(dtype: str, batch: int, length: int, rounds: int, threads: int, *, clip: bool) -> dict[str, Any]:
     """Median seconds of both, their ratio and that of their memory. The first two rounds warm up."""
-    llmc, torch = (Contestant(name, dtype, batch, length, threads) for name in ("llmc", "torch"))
+    llmc, torch = (Contestant(name, dtype, batch, length, threads, clip) for name in ("llmc", "torch"))
     for _ in range(rounds + 2):
         llmc.step()
         torch.step()
     medians = [statistics.median(c.seconds[2:]) for c in (llmc, torch)]
     memory = [c.finish() for c in (llmc, torch)]
     ratio, sizes = medians[1] / medians[0], " and ".join(f"{m / 1e9:.2f} GB" for m in memory)
-    say(f"{dtype} {batch} x {length}: llmc {medians[0]:.3f} s, torch {medians[1]:.3f} s: {ratio:.2f}x; memory {sizes}")
+    seconds = f"llmc {medians[0]:.3f} s, torch {medians[1]:.3f} s"
+    say(f"{dtype} {batch} x {length}{' clipped' * clip}: {seconds}: {ratio:.2f}x; memory {sizes}")
     say(f"    losses {llmc.losses[-1]:.4f} and {torch.losses[-1]:.4f}")
     return {"llmc": medians[0], "ratio": medians[1] / medians[0], "memory": memory[0] / memory[1]}
 
@@ -185,6 +194,21 @@ def products(dtype: str, threads: int, rounds: int) -> float:
         say(f"{dtype} product {n} x {outputs} x {inputs}: {rate / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f}")
     kernels.close()
     return statistics.mean(rates) / peak
+
+
+def measure(results: dict[str, Any], suffix: str, outcome: dict[str, Any], dtype: str) -> None:
+    """Enter the outcome of a race."""
+    results[f"{dtype}_vs_torch{suffix}"] = outcome["ratio"]
+    if dtype == "fp32":
+        results[f"memory_vs_torch{suffix}"] = outcome["memory"]
+        results[f"llmc_seconds{suffix}"] = outcome["llmc"]
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Every number in it, rounded."""
+    if isinstance(value, dict):
+        return {name: rounded(one, digits) for name, one in value.items()}
+    return value if value is None else round(value, digits)
 
 
 def compile_seconds() -> float:
@@ -242,7 +266,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llmc-reference", type=Path, help="llm.c's train_gpt2, to compare with too")
     parser.add_argument("--only", help="a part: step, t1024, products, compile")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         name, dtype, *numbers = options.worker
@@ -252,17 +276,16 @@ def main() -> None:
     only = options.only
     if only in (None, "compile"):
         results["compile_seconds"] = compile_seconds()
+    clipped: dict[str, Any] = {}
     for suffix, (batch, length) in SHAPES.items():
         if only not in (None, "t1024" if suffix else "step"):
             continue
+        rounds = max(3, options.rounds // 2) if suffix else options.rounds
         for dtype in ("fp32", "bf16"):
-            outcome = race(
-                dtype, batch, length, options.rounds if not suffix else max(3, options.rounds // 2), options.threads
-            )
-            results[f"{dtype}_vs_torch{suffix}"] = outcome["ratio"]
-            if dtype == "fp32":
-                results[f"memory_vs_torch{suffix}"] = outcome["memory"]
-                results[f"llmc_seconds{suffix}"] = outcome["llmc"]
+            measure(results, suffix, race(dtype, batch, length, rounds, options.threads, clip=False), dtype)
+        measure(clipped, suffix, race("fp32", batch, length, rounds, options.threads, clip=True), "fp32")
+    if clipped:
+        results["clipped"] = clipped
     if only in (None, "products"):
         for dtype in ("fp32", "bf16"):
             results[f"{dtype}_gemm_of_peak"] = products(dtype, options.threads, options.rounds)
@@ -272,9 +295,9 @@ def main() -> None:
             reference_seconds(options.llmc_reference, options.threads) / results["llmc_seconds"]
         )
     for name, value in results.items():
-        say(f"{name}: {value if value is None else round(value, 3)}")
+        say(f"{name}: {rounded(value, 3)}")
     if options.json:
-        print(json.dumps({name: value if value is None else round(value, 4) for name, value in results.items()}))
+        print(json.dumps(rounded(results, 4)))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,21 @@ def test_linear(kernels: Kernels, dtype: str, N: int, C: int, OC: int, accumulat
     dw, db = normal(rng, OC, C), normal(rng, OC)
     before = dw.copy(), db.copy()
     kernels.call(
-        "linear_backward", dx, dw, db, dy, x, w, N, C, OC, accumulate, suffix=f"_{dtype}", fails=True, scratch=True
+        "linear_backward",
+        dx,
+        dw,
+        db,
+        dy,
+        x,
+        w,
+        N,
+        C,
+        OC,
+        accumulate,
+        None,
+        suffix=f"_{dtype}",
+        fails=True,
+        scratch=True,
     )
     assert error(rounded(dtype, dx), tx.grad) < TOLERANCE[dtype]
     assert error(dw, before[0] * accumulate + tw.grad.numpy()) < TOLERANCE[dtype]
@@ -196,7 +210,7 @@ def test_classifier(kernels: Kernels, dtype: str, N: int, C: int, V: int, chunk:
     targets = rng.integers(0, V, N).astype(np.int32)
     losses, dx, dw = np.empty(N, np.float32), empty_like(N, C, dtype=dtype), np.full((V, C), np.nan, np.float32)
     scratch = np.empty(chunk * ((V + 15) // 16 * 16 + C), np.float32)
-    sizes_ = (N, C, V, False, scratch, chunk)
+    sizes_ = (N, C, V, False, None, scratch, chunk)
     kernels.call(
         "classifier", losses, dx, dw, x, w, targets, 0.25, *sizes_, suffix=f"_{dtype}", fails=True, scratch=True
     )

@@ -218,6 +218,28 @@ def test_outliers_are_skipped_and_their_window_survives_a_resume(program: Run, f
     assert outputs(folder / "whole", 200) == outputs(folder / "cut", 200)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_clipping_kill_and_resume_to_the_same_bits(
+    program: Run, executable: Path, folder: Path, dtype: str
+) -> None:
+    """Weights are then updated inside the backward; a clip that never clips takes the other way, to the same weights.
+
+    (The norms that the state file holds were summed in another order.)
+    """
+    options = [*small(d="64", n="1", x="40", h="0", s="0"), "--dtype", dtype, "--grad-clip"]
+    program(*options, "1e9", "-o", "stored")
+    program(*options, "0", "-o", "whole")
+    assert outputs(folder / "whole", 40)[0] == outputs(folder / "stored", 40)[0]
+    chance = random.Random(2)
+    for _ in range(3):
+        process = subprocess.Popen([executable, *options, "0", "-o", "cut"], cwd=folder, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.1, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    program(*options, "0", "-o", "cut")
+    assert outputs(folder / "whole", 40) == outputs(folder / "cut", 40)
+
+
 @pytest.mark.parametrize("level", ["1", "2"])
 def test_recomputation_changes_no_bit(program: Run, folder: Path, level: str) -> None:
     program(*small(o="zero", x="3"))

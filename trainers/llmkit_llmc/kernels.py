@@ -36,6 +36,7 @@ class Gemm(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("accumulate", ctypes.c_int),
+        ("sink", ctypes.c_void_p),
     ]
 
 

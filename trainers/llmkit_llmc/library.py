@@ -206,6 +206,20 @@ class Model:
         """One AdamW step on this process's share."""
         self.library.call("llmc_model_update", self._model, ctypes.byref(how))
 
+    def step(
+        self, inputs: npt.NDArray[Any], targets: npt.NDArray[Any], how: AdamW, *, scale: float
+    ) -> tuple[float, float]:
+        """`gradient` and `update` in one, to the same bits, without storing gradients: mean loss, squared norm.
+
+        For a batch of one micro-batch in one process, not clipped. Raises LlmcError.
+        """
+        x, y = np.ascontiguousarray(inputs, np.int32), np.ascontiguousarray(targets, np.int32)
+        mean, square = ctypes.c_double(), ctypes.c_double()
+        sizes = i64(x.shape[0]), i64(x.shape[1]), f32(scale)
+        results = ctypes.byref(how), ctypes.byref(mean), ctypes.byref(square)
+        self.library.call("llmc_model_step", self._model, pointer(x), pointer(y), *sizes, *results)
+        return mean.value, square.value
+
     def logits(self, tokens: list[int]) -> F32:
         """Logits (V,) of the next token."""
         ids, logits = np.array(tokens, np.int32), np.empty(self.shape.vocab, np.float32)

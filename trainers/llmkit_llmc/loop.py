@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmkit.gpt2 import from_llmc, hf_weights, to_llmc
 from llmkit.recipe import learning_rate_at, model_config
-from llmkit.trainer import Event, Finished, Note, Sample, Started, Step, TrainJob, Validation, due
+from llmkit.trainer import Evaluation, Event, Finished, Note, Sample, Started, Step, TrainJob, Validation, due
 from llmkit_llmc.build import build
 from llmkit_llmc.library import AdamW, Library, LlmcError, Model, load
 from llmkit_llmc.state import Comm, State
@@ -79,6 +79,13 @@ class Training:
         yield Finished(self.step, interrupted=stop and self.step < c.steps)
         self.model.close()
 
+    @property
+    def fused(self) -> bool:
+        """Are weights updated inside the backward? Not where the update must know more than one batch's gradient."""
+        c = self.config
+        whole = self.micro_batches == 1 and self.comm.ranks == 1
+        return whole and c.grad_clip == 0 and c.skip_loss == 0 and c.skip_norm == 0
+
     def train_step(self) -> Step:
         """Forward and backward over the micro-batches, exchange, clip, update."""
         began = time.perf_counter()
@@ -86,19 +93,23 @@ class Training:
         if c.overfit:
             self.batches.position = 0
         scale, total = 1.0 / c.total_batch_tokens, 0.0
-        for index in range(self.micro_batches):
-            inputs, targets = next(self.batches)
-            total += self.model.gradient(inputs, targets, scale=scale, accumulate=index > 0)
-        loss = self.comm.sum(lib, total / self.micro_batches) / self.comm.ranks
-        self.comm.reduce_gradients(lib, self.model)
-        lo, hi = self.comm.share(self.model.count)
-        norm = math.sqrt(self.comm.sum(lib, self.model.grad_square(lo, hi)))
-        rate = learning_rate_at(step, c)
+        rate, seed = learning_rate_at(step, c), state.next_seed()
+        how = AdamW(rate, BETA1, BETA2, EPSILON, c.weight_decay, 1.0, step + 1, seed)
+        if self.fused:
+            loss, square = self.model.step(*next(self.batches), how, scale=scale)
+            norm = math.sqrt(square)
+        else:
+            for index in range(self.micro_batches):
+                inputs, targets = next(self.batches)
+                total += self.model.gradient(inputs, targets, scale=scale, accumulate=index > 0)
+            loss = self.comm.sum(lib, total / self.micro_batches) / self.comm.ranks
+            self.comm.reduce_gradients(lib, self.model)
+            lo, hi = self.comm.share(self.model.count)
+            norm = math.sqrt(self.comm.sum(lib, self.model.grad_square(lo, hi)))
         outlier = state.is_outlier(lib, loss, norm, c.skip_loss, c.skip_norm)
-        seed = state.next_seed()
-        if math.isfinite(norm) and not outlier:
-            clip = c.grad_clip / norm if 0 < c.grad_clip < norm else 1.0
-            self.model.update(AdamW(rate, BETA1, BETA2, EPSILON, c.weight_decay, clip, step + 1, seed))
+        if not self.fused and math.isfinite(norm) and not outlier:
+            how.grad_scale = c.grad_clip / norm if 0 < c.grad_clip < norm else 1.0
+            self.model.update(how)
             self.comm.gather_params(lib, self.model)
         state.step = step + 1
         return Step(step, loss, rate, norm, c.total_batch_tokens, time.perf_counter() - began, skipped=outlier)
@@ -138,7 +149,7 @@ class Training:
         for note in build(mpi=self.comm.ranks > 1).notes:
             yield Note(note)
 
-    def _hellaswag(self) -> Event:
+    def _hellaswag(self) -> Evaluation:
         from llmkit_llmc.hellaswag import evaluation_file
 
         path = evaluation_file(Path(self.config.hellaswag), self.job.data.tokenizer)
@@ -147,11 +158,8 @@ class Training:
         counts = ctypes.byref(correct), ctypes.byref(examples)
         self.library.call("llmc_eval_run", os.fsencode(path), self.model.handle, *sizes, *counts)
         right = round(self.comm.sum(self.library, correct.value))
-        accuracy = right / examples.value
-        if self.comm.rank == 0:
-            with (self.job.out / "main.log").open("a") as log:
-                log.write(f"s:{self.step} eval:{accuracy:.4f}\n")
-        return Note(f"step {self.step}: HellaSwag {right}/{examples.value} = {accuracy:.4f}")
+        # llm.c takes the ending of the lowest mean loss per token; lm-eval's acc_norm divides by bytes instead
+        return Evaluation(self.step, "hellaswag", "acc_norm", right / examples.value, examples.value)
 
     def _save(self, val_loss: float | None) -> Event:
         def write_state(folder: Path) -> None:

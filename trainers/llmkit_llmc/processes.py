@@ -24,10 +24,12 @@ import numpy as np
 from llmkit.files import TEMPORARY, write_json
 from llmkit.gpt2 import GPT2Config, from_llmc
 from llmkit.llmc_files import read_model
-from llmkit.trainer import Event, Finished, Note, Sample, Started, Step, TrainJob, Validation
+from llmkit.trainer import Evaluation, Event, Finished, Note, Sample, Started, Step, TrainJob, Validation
 from llmkit_llmc.build import BuildError, build
 
-EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Started, Step, Validation, Sample, Note, Finished)}
+EVENTS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Started, Step, Validation, Evaluation, Sample, Note, Finished)
+}
 STOP = "stop"  # the file that tells the workers to save and finish
 POLL_SECONDS = 0.2
 

@@ -40,11 +40,7 @@ static float softmax_row(float *row, int64_t V, int target, float grad_scale) {
 }
 
 static int backward_chunk(real *dx, float *dw, const real *x, const real *w, const float *dlogits, int64_t ld, int64_t n, int64_t C,
-                          int64_t V, int accumulate, float *sums, Workspace *ws, llmc_error *err) {
-    // dW (V, C) = dlogits^T (V, n) X (n, C)
-    Gemm weight = {.m = V, .n = C, .k = n, .a = matrix_t(dlogits, ld, LLMC_DTYPE_F32), .b = matrix(x, C, REAL_DTYPE),
-                   .c = matrix(dw, C, LLMC_DTYPE_F32), .accumulate = accumulate};
-    LLMC_TRY(gemm(&weight, ws, err));
+                          int64_t V, int accumulate, const TileSink *update, float *sums, Workspace *ws, llmc_error *err) {
     // dX^T (C, n) = W^T (C, V) dlogits^T (V, n), V in blocks whose products add up in float
     for (int64_t v0 = 0; v0 < V; v0 += VOCAB_BLOCK) {
         Gemm input = {.m = C, .n = n, .k = V - v0 < VOCAB_BLOCK ? V - v0 : VOCAB_BLOCK, .a = matrix_t(w + v0 * C, C, REAL_DTYPE),
@@ -55,11 +51,14 @@ static int backward_chunk(real *dx, float *dw, const real *x, const real *w, con
         int64_t k = n * C - i < VL ? n * C - i : VL;
         real_store_n(dx + i, vf_load_n(sums + i, k), k);
     }
-    return 0;
+    // dW (V, C) = dlogits^T (V, n) X (n, C), last: `update` may change W
+    Gemm weight = {.m = V, .n = C, .k = n, .a = matrix_t(dlogits, ld, LLMC_DTYPE_F32), .b = matrix(x, C, REAL_DTYPE),
+                   .c = matrix(dw, C, LLMC_DTYPE_F32), .accumulate = accumulate, .sink = update};
+    return gemm(&weight, ws, err);
 }
 
 int FN(classifier)(float *losses, real *dx, float *dw, const real *x, const real *w, const int *targets, float scale, int64_t N, int64_t C,
-                   int64_t V, int accumulate, float *logits, int64_t chunk, Workspace *ws, llmc_error *err) {
+                   int64_t V, int accumulate, const TileSink *update, float *logits, int64_t chunk, Workspace *ws, llmc_error *err) {
     int64_t ld = classifier_row(V);
     float *sums = logits + chunk * ld; // (chunk, C)
     for (int64_t n0 = 0; n0 < N; n0 += chunk) {
@@ -74,7 +73,7 @@ int FN(classifier)(float *losses, real *dx, float *dw, const real *x, const real
             parallel_range(n, 1, &lo, &hi);
             for (int64_t i = lo; i < hi; i++) losses[n0 + i] = softmax_row(logits + i * ld, V, targets[n0 + i], dx ? scale : 0.0f);
         }
-        if (dx) LLMC_TRY(backward_chunk(dx + n0 * C, dw, rows, w, logits, ld, n, C, V, accumulate || n0 > 0, sums, ws, err));
+        if (dx) LLMC_TRY(backward_chunk(dx + n0 * C, dw, rows, w, logits, ld, n, C, V, accumulate || n0 > 0, update, sums, ws, err));
     }
     return 0;
 }

@@ -74,7 +74,7 @@ int FN(linear_forward)(real *y, const real *x, const real *w, const real *bias, 
 enum { COLUMNS = 8 };
 
 int FN(linear_backward)(real *dx, float *dw, float *dbias, const real *dy, const real *x, const real *w, int64_t N, int64_t C,
-                        int64_t OC, int accumulate, Workspace *ws, llmc_error *err) {
+                        int64_t OC, int accumulate, const TileSink *update, Workspace *ws, llmc_error *err) {
     if (dbias) {
         LLMC_PARALLEL(ws->threads) {
             int64_t lo, hi;
@@ -88,13 +88,14 @@ int FN(linear_backward)(real *dx, float *dw, float *dbias, const real *dy, const
             }
         }
     }
+    if (dx) {
+        // dX^T (C, N) = W^T (C, OC) dY^T (OC, N)
+        Gemm input = {.m = C, .n = N, .k = OC, .a = matrix_t(w, C, REAL_DTYPE), .b = matrix_t(dy, OC, REAL_DTYPE),
+                      .c = matrix_t(dx, C, REAL_DTYPE)};
+        LLMC_TRY(gemm(&input, ws, err));
+    }
     // dW (OC, C) = dY^T (OC, N) X (N, C)
     Gemm weight = {.m = OC, .n = C, .k = N, .a = matrix_t(dy, OC, REAL_DTYPE), .b = matrix(x, C, REAL_DTYPE),
-                   .c = matrix(dw, C, LLMC_DTYPE_F32), .accumulate = accumulate};
-    LLMC_TRY(gemm(&weight, ws, err));
-    if (!dx) return 0;
-    // dX^T (C, N) = W^T (C, OC) dY^T (OC, N)
-    Gemm input = {.m = C, .n = N, .k = OC, .a = matrix_t(w, C, REAL_DTYPE), .b = matrix_t(dy, OC, REAL_DTYPE),
-                  .c = matrix_t(dx, C, REAL_DTYPE)};
-    return gemm(&input, ws, err);
+                   .c = matrix(dw, C, LLMC_DTYPE_F32), .accumulate = accumulate, .sink = update};
+    return gemm(&weight, ws, err);
 }

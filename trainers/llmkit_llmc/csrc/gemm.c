@@ -182,13 +182,15 @@ static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t
                 float *tile = sums + index * MR * NR;
                 int64_t n = p->n0 + panel * NR, nr = p->n0 + p->nc - n < NR ? p->n0 + p->nc - n : NR;
                 const float *packed = packed_panel(p, ws, kb, panel);
-                if (final) prefetch_tile(g, m, n, mr, nr);
+                if (final && g->sink) g->sink->prefetch(g->sink, m, n, mr, nr);
+                else if (final) prefetch_tile(g, m, n, mr, nr);
                 else prefetch_block(g, p, kb + 1, first, last, index, (last - first) * p->panels);
                 if (p->direct && nr == NR) {
                     multiply((int)mr, kc, sliver, MP, packed, NR, (float *)g->c.data + m * g->c.row_stride + n, g->c.row_stride, g->accumulate);
                 } else {
                     multiply((int)mr, kc, sliver, MP, packed, NR, tile, NR, kb > 0);
-                    if (final) store_tile(g, tile, m, n, mr, nr);
+                    if (final && g->sink) g->sink->take(g->sink, tile, NR, m, n, mr, nr);
+                    else if (final) store_tile(g, tile, m, n, mr, nr);
                 }
             }
         }
@@ -198,7 +200,7 @@ static void run_block(const Gemm *g, const Plan *p, const Workspace *ws, int64_t
 int gemm(const Gemm *g, Workspace *ws, llmc_error *err) {
     if (g->m <= 0 || g->n <= 0) return 0;
 #ifdef LLMC_BLAS
-    if (g->a.dtype == LLMC_DTYPE_F32 && g->b.dtype == LLMC_DTYPE_F32 && g->c.dtype == LLMC_DTYPE_F32) {
+    if (g->a.dtype == LLMC_DTYPE_F32 && g->b.dtype == LLMC_DTYPE_F32 && g->c.dtype == LLMC_DTYPE_F32 && !g->sink) {
         gemm_blas(g);
         return 0;
     }
@@ -207,7 +209,7 @@ int gemm(const Gemm *g, Workspace *ws, llmc_error *err) {
     p.steps = p.pairs ? (g->k + 1) / 2 : g->k;
     p.kblocks = (p.steps + KC - 1) / KC;
     p.kc = (p.steps + p.kblocks - 1) / p.kblocks;
-    p.direct = p.kblocks == 1 && g->c.dtype == LLMC_DTYPE_F32 && g->c.col_stride == 1 && g->c.row_stride != 1 && !g->residual;
+    p.direct = !g->sink && p.kblocks == 1 && g->c.dtype == LLMC_DTYPE_F32 && g->c.col_stride == 1 && g->c.row_stride != 1 && !g->residual;
     p.slivers = (g->m + MR - 1) / MR;
     int64_t chunks = (g->n + NC - 1) / NC, nc = ((g->n + chunks - 1) / chunks + NR - 1) / NR * NR;
     // As many blocks for each thread, so that they end together, each of at most SLIVERS slivers.

@@ -29,6 +29,15 @@ typedef struct llmc_workspace {
     size_t scratch_bytes;
 } Workspace;
 
+// Takes the tiles of a product that is not stored, each on the thread that finished it, while the tile is in its cache.
+// MR rows of C belong to one thread, and their tiles come from left to right.
+typedef struct tile_sink {
+    // tile holds C[m0 .. m0 + mr, n0 .. n0 + nr), `ld` values from one row to the next.
+    void (*take)(const struct tile_sink *self, const float *tile, int64_t ld, int64_t m0, int64_t n0, int64_t mr, int64_t nr);
+    // The tile will be taken soon: asks the memory for what take() will need.
+    void (*prefetch)(const struct tile_sink *self, int64_t m0, int64_t n0, int64_t mr, int64_t nr);
+} TileSink;
+
 typedef struct {
     int64_t m, n, k;
     Matrix a;          // (m, k)
@@ -37,6 +46,7 @@ typedef struct {
     const void *bias;  // (m) of c's type, added to every column, or NULL
     const void *residual; // (m, n) in c's type and layout, added, or NULL; may be c itself
     int accumulate;    // c += instead of c =
+    const TileSink *sink; // takes the result instead of c, or NULL
 } Gemm;
 
 // Fast where m is the side of the weights and n or k the side of the tokens: A is packed in slivers just before use.

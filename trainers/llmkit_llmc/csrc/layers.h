@@ -24,9 +24,10 @@ void FN(gelu_backward)(real *dx, const real *dout, const real *x, int64_t n, int
 // Y (N, OC) = X (N, C) W^T + bias [+ residual]; W (OC, C), bias (OC) or NULL, residual (N, OC) or NULL, may be Y.
 int FN(linear_forward)(real *y, const real *x, const real *w, const real *bias, const real *residual, int64_t N, int64_t C,
                        int64_t OC, Workspace *ws, llmc_error *err);
-// dX (N, C) = dY (N, OC) W; dW (OC, C) and dbias (OC) = or += ... . dx or dbias may be NULL.
+// dX (N, C) = dY (N, OC) W, and then dW (OC, C) and dbias (OC) = or += ... . dx or dbias may be NULL. `update` takes the
+// tiles of dW instead of dw, or is NULL; it may change W, which is not read any more.
 int FN(linear_backward)(real *dx, float *dw, float *dbias, const real *dy, const real *x, const real *w, int64_t N, int64_t C,
-                        int64_t OC, int accumulate, Workspace *ws, llmc_error *err);
+                        int64_t OC, int accumulate, const TileSink *update, Workspace *ws, llmc_error *err);
 
 // Causal attention. qkv (B, T, 3, NH, hs) -> out (B, T, NH, hs), and lse (B, NH, T): log of each softmax denominator.
 int FN(attention_forward)(real *out, float *lse, const real *qkv, int64_t B, int64_t T, int64_t C, int64_t NH, Workspace *ws, llmc_error *err);
@@ -36,9 +37,9 @@ int FN(attention_backward)(real *dqkv, const real *dout, const real *qkv, const 
 
 // Classifier and cross-entropy in one, for chunks of rows, so that (N, V) logits never exist. losses (N).
 // With dx not NULL also the gradients of scale * sum(losses): dx (N, C) =, dw (V, C) = or +=. `logits` is scratch of
-// chunk * (classifier_row(V) + C) floats.
+// chunk * (classifier_row(V) + C) floats. `update` takes the tiles of dW instead of dw, or is NULL; then N <= chunk.
 static inline int64_t classifier_row(int64_t V) { return (V + 15) / 16 * 16; } // a row of logits starts on a cache line
 int FN(classifier)(float *losses, real *dx, float *dw, const real *x, const real *w, const int *targets, float scale, int64_t N, int64_t C,
-                   int64_t V, int accumulate, float *logits, int64_t chunk, Workspace *ws, llmc_error *err);
+                   int64_t V, int accumulate, const TileSink *update, float *logits, int64_t chunk, Workspace *ws, llmc_error *err);
 
 #endif

@@ -65,6 +65,11 @@ int llmc_model_gradient(llmc_model *model, const int32_t *inputs, const int32_t 
                         double *mean, llmc_error *err);
 double llmc_model_grad_square(const llmc_model *model, int64_t lo, int64_t hi); // sum of squares of gradients [lo, hi)
 int llmc_model_update(llmc_model *model, const llmc_adamw *how, llmc_error *err);
+// llmc_model_gradient and llmc_model_update in one, to the same bits, for a batch that is one micro-batch: weights are updated
+// inside the backward and the gradients never stored, so they cannot be clipped by their norm. Their sum of squares is left
+// in *grad_square. In one process only.
+int llmc_model_step(llmc_model *model, const int32_t *inputs, const int32_t *targets, int64_t B, int64_t T, float scale, const llmc_adamw *how, double *mean,
+                    double *grad_square, llmc_error *err);
 
 // Continues `count` tokens with a KV cache until `total` of them (at most max_t) are there. temperature 0 = the likeliest;
 // top_k 0 = all. Draws come from *rng (xorshift64*).

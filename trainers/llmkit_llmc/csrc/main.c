@@ -177,10 +177,8 @@ static int save(Run *r, llmc_error *err) {
     return 0;
 }
 
-static int gradients(Run *r, double *loss, llmc_error *err) {
+static int gradients(Run *r, float scale, double *loss, llmc_error *err) {
     double sum = 0, mean;
-    float scale = 1.0f / ((float)r->s.batch * (float)r->s.length * (float)r->micro_steps * (float)r->comm.ranks);
-    if (r->s.overfit) LLMC_TRY(loader_reset(&r->train, err));
     for (int i = 0; i < r->micro_steps; i++) {
         LLMC_TRY(loader_next(&r->train, err));
         LLMC_TRY(llmc_model_gradient(r->model, r->train.inputs, r->train.targets, r->s.batch, r->s.length, scale, i > 0, &mean, err));
@@ -200,22 +198,31 @@ static uint32_t next_seed(uint64_t *rng) {
 
 static int train_step(Run *r, llmc_error *err) {
     const Settings *s = &r->s;
-    double began = now(), loss;
-    LLMC_TRY(gradients(r, &loss, err));
-    int64_t lo, hi, count = llmc_param_count(&r->config);
-    lo = count * r->comm.rank / r->comm.ranks, hi = count * (r->comm.rank + 1) / r->comm.ranks;
-    double norm = sqrt(llmc_comm_sum(&r->comm, llmc_model_grad_square(r->model, lo, hi)));
+    double began = now(), loss, square;
+    int64_t count = llmc_param_count(&r->config), lo = count * r->comm.rank / r->comm.ranks, hi = count * (r->comm.rank + 1) / r->comm.ranks;
+    float rate = schedule_rate(r->schedule, s->learning_rate, s->final_fraction, s->warmup, r->steps, r->state.step);
+    float scale = 1.0f / ((float)s->batch * (float)s->length * (float)r->micro_steps * (float)r->comm.ranks);
+    r->state.rng_last = r->state.rng;
+    llmc_adamw how = {.learning_rate = rate, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = s->weight_decay, .step = r->state.step + 1,
+                      .seed = next_seed(&r->state.rng), .grad_scale = 1.0f};
+    // Inside the backward, where the update needs nothing but this batch's gradient.
+    int fused = r->micro_steps == 1 && r->comm.ranks == 1 && s->grad_clip == 0 && s->skip_loss == 0 && s->skip_norm == 0;
+    if (s->overfit) LLMC_TRY(loader_reset(&r->train, err));
+    if (fused) {
+        LLMC_TRY(loader_next(&r->train, err));
+        LLMC_TRY(llmc_model_step(r->model, r->train.inputs, r->train.targets, s->batch, s->length, scale, &how, &loss, &square, err));
+    } else {
+        LLMC_TRY(gradients(r, scale, &loss, err));
+        square = llmc_comm_sum(&r->comm, llmc_model_grad_square(r->model, lo, hi));
+    }
+    double norm = sqrt(square);
     if (!isfinite(loss) || !isfinite(norm))
         LLMC_FAIL(err, "try a lower learning rate -l or more warm-up -u", "the %s is %f at step %d", isfinite(loss) ? "gradient norm" : "loss", isfinite(loss) ? norm : loss, r->state.step);
     double z_loss = llmc_outliers_add(&r->state.loss, loss), z_norm = llmc_outliers_add(&r->state.norm, norm);
-    float rate = schedule_rate(r->schedule, s->learning_rate, s->final_fraction, s->warmup, r->steps, r->state.step);
     int skip = (s->skip_loss != 0 && z_loss > s->skip_loss) || (s->skip_norm != 0 && z_norm > s->skip_norm); // NaN is not above
-    r->state.rng_last = r->state.rng;
-    uint32_t seed = next_seed(&r->state.rng);
     if (skip) SAY(r, "skipping the update: z-scores %.2f (loss), %.2f (gradient norm)\n", z_loss, z_norm);
-    else {
-        llmc_adamw how = {.learning_rate = rate, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = s->weight_decay, .step = r->state.step + 1, .seed = seed,
-                          .grad_scale = s->grad_clip > 0 && norm > s->grad_clip ? (float)(s->grad_clip / norm) : 1.0f};
+    else if (!fused) {
+        if (s->grad_clip > 0 && norm > s->grad_clip) how.grad_scale = (float)(s->grad_clip / norm);
         LLMC_TRY(llmc_model_update(r->model, &how, err));
         LLMC_TRY(llmc_comm_gather_params(&r->comm, r->model, err));
     }

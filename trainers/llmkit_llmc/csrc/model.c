@@ -9,6 +9,7 @@
 #include "mt19937.h"
 #include "parallel.h"
 #include "real.h"
+#include "step.h"
 
 enum { MODEL_MAGIC = 20240326, VERSION_F32 = 3, VERSION_BF16 = 5 };
 
@@ -39,6 +40,7 @@ int llmc_model_new(const llmc_config *config, const llmc_options *options, llmc_
 
 void llmc_model_free(llmc_model *m) {
     if (!m) return;
+    fused_step_free(m->step);
     workspace_free(&m->ws);
     llmc_release(m->memory);
     llmc_release(m->master);
@@ -116,11 +118,33 @@ int llmc_model_loss(llmc_model *m, const int32_t *inputs, const int32_t *targets
     return 0;
 }
 
+int64_t model_chunk(const llmc_model *m, int64_t N, int training) {
+    int64_t rows = 512, all = rows + (training ? m->config.channels : 0); // 512: 103 MB of logits for GPT-2's vocabulary
+    return N <= all ? N : rows;
+}
+
+int model_check_tokens(const llmc_model *model, const int *tokens, int64_t B, int64_t T, llmc_error *err) {
+    if (B < 1 || T < 1 || T > model->config.max_t)
+        LLMC_FAIL(err, "use a shorter sequence length, or a model with more positions", "a batch of %lld x %lld tokens does not fit a model of %d positions",
+                  (long long)B, (long long)T, model->config.max_t);
+    for (int64_t i = 0; i < B * T; i++)
+        if (tokens[i] < 0 || tokens[i] >= model->config.vocab)
+            LLMC_FAIL(err, "prepare the data with the tokenizer of this model", "token %d is outside the vocabulary of %d", tokens[i], model->config.vocab);
+    return 0;
+}
+
+int model_backward(llmc_model *m, const int *inputs, const int *targets, int64_t B, int64_t T, float scale, int accumulate, const Gradients *to,
+                   double *mean, llmc_error *err) {
+    return (m->options.dtype == LLMC_DTYPE_BF16 ? model_gradient_bf16 : model_gradient_f32)(m, inputs, targets, B, T, scale, accumulate, to, mean, err);
+}
+
 int llmc_model_gradient(llmc_model *m, const int32_t *inputs, const int32_t *targets, int64_t B, int64_t T, float scale, int accumulate,
                         double *mean, llmc_error *err) {
     if (!m->grads) m->grads = llmc_alloc((size_t)m->count * 4);
     if (!m->grads) LLMC_FAIL(err, "choose a smaller model", "no memory for the gradients of %lld parameters", (long long)m->count);
-    return (m->options.dtype == LLMC_DTYPE_BF16 ? model_gradient_bf16 : model_gradient_f32)(m, inputs, targets, B, T, scale, accumulate, mean, err);
+    Gradients to = {.values = m->grads};
+    memcpy(to.offset, m->offset, sizeof to.offset);
+    return model_backward(m, inputs, targets, B, T, scale, accumulate, &to, mean, err);
 }
 
 int llmc_model_write(const llmc_model *m, const char *path, llmc_error *err) {

@@ -3,8 +3,7 @@
 
 #include "layers.h"
 #include "model.h"
-
-#define CLASSIFIER_ROWS 512 // tokens whose logits exist at a time: 103 MB for GPT-2's vocabulary
+#include "step.h"
 
 // One allocation. N = B*T tokens, L layers. Without training one slice serves all layers.
 typedef struct {
@@ -41,7 +40,7 @@ static size_t acts_layout(Acts *a, const llmc_model *model, int64_t B, int64_t T
     int recompute = model->options.recompute;
     a->ln_stride = training && recompute < 2 ? N * C : 0;
     a->gelu_stride = training && recompute < 1 ? N * 4 * C : 0;
-    a->chunk = N < CLASSIFIER_ROWS ? N : CLASSIFIER_ROWS;
+    a->chunk = model_chunk(model, N, training);
 #define REALS(n) carve(&at, (size_t)(n) * sizeof(real))
 #define FLOATS(n) carve(&at, (size_t)(n) * sizeof(float))
     a->x = REALS((kept + 1) * N * C);
@@ -67,18 +66,9 @@ static size_t acts_layout(Acts *a, const llmc_model *model, int64_t B, int64_t T
 static const real *weight(const llmc_model *m, int param, int64_t layer) {
     return (const real *)m->params + m->offset[param] + layer * param_layer_size(&m->config, param);
 }
-static float *gradient(const llmc_model *m, int param, int64_t layer) {
-    return m->grads + m->offset[param] + layer * param_layer_size(&m->config, param);
-}
-
-static int check_tokens(const llmc_model *model, const int *tokens, int64_t B, int64_t T, llmc_error *err) {
-    if (B < 1 || T < 1 || T > model->config.max_t)
-        LLMC_FAIL(err, "use a shorter sequence length, or a model with more positions", "a batch of %lld x %lld tokens does not fit a model of %d positions",
-                  (long long)B, (long long)T, model->config.max_t);
-    for (int64_t i = 0; i < B * T; i++)
-        if (tokens[i] < 0 || tokens[i] >= model->config.vocab)
-            LLMC_FAIL(err, "prepare the data with the tokenizer of this model", "token %d is outside the vocabulary of %d", tokens[i], model->config.vocab);
-    return 0;
+// Where a gradient is stored, or NULL.
+static float *gradient(const llmc_model *m, const Gradients *to, int param, int64_t layer) {
+    return to->offset[param] < 0 ? NULL : to->values + to->offset[param] + layer * param_layer_size(&m->config, param);
 }
 
 static void norm(const llmc_model *m, const Acts *a, real *out, const real *x, int which, int weight_param, int64_t layer, int64_t N) {
@@ -110,8 +100,8 @@ static int forward(llmc_model *m, const Acts *a, const int *inputs, int64_t B, i
 }
 
 static int prepare(llmc_model *m, Acts *a, const int *inputs, const int *targets, int64_t B, int64_t T, int training, llmc_error *err) {
-    LLMC_TRY(check_tokens(m, inputs, B, T, err));
-    LLMC_TRY(check_tokens(m, targets, B, T, err));
+    LLMC_TRY(model_check_tokens(m, inputs, B, T, err));
+    LLMC_TRY(model_check_tokens(m, targets, B, T, err));
     LLMC_TRY(model_memory(m, acts_layout(a, m, B, T, training, NULL), err));
     acts_layout(a, m, B, T, training, m->memory);
     return 0;
@@ -122,48 +112,65 @@ int FN(model_loss)(llmc_model *m, const int *inputs, const int *targets, int64_t
     LLMC_TRY(prepare(m, &a, inputs, targets, B, T, 0, err));
     LLMC_TRY(forward(m, &a, inputs, B, T, 0, err));
     return FN(classifier)(losses, NULL, NULL, a.lnf, weight(m, P_WTE, 0), targets, 0, B * T, m->config.channels, m->config.vocab, 0,
-                          a.logits, a.chunk, &m->ws, err);
+                          NULL, a.logits, a.chunk, &m->ws, err);
 }
 
-static void norm_backward(const llmc_model *m, const Acts *a, const real *dout, const real *x, int which, int weight_param, int64_t layer,
-                          int64_t N, int accumulate) {
-    FN(layernorm_backward)(a->dx, gradient(m, weight_param, layer), gradient(m, weight_param + 1, layer), dout, x, weight(m, weight_param, layer),
+static void norm_backward(const llmc_model *m, const Acts *a, const Gradients *to, const real *dout, const real *x, int which, int weight_param,
+                          int64_t layer, int64_t N, int accumulate) {
+    FN(layernorm_backward)(a->dx, gradient(m, to, weight_param, layer), gradient(m, to, weight_param + 1, layer), dout, x, weight(m, weight_param, layer),
                            a->mean + which * N, a->rstd + which * N, N, m->config.channels, accumulate, m->options.threads);
 }
 
+// dx (N, cols of the weight) and the gradients of a weight and its bias, from dy (N, rows).
+static int linear_back(llmc_model *m, const Gradients *to, real *dx, const real *dy, const real *x, int weight_param, int64_t layer, int64_t N,
+                       int accumulate, llmc_error *err) {
+    int64_t C = param_cols(&m->config, weight_param), OC = param_rows(&m->config, weight_param);
+    UpdateSink sink;
+    if (to->update) sink = step_sink(to->update, weight_param, layer);
+    LLMC_TRY(FN(linear_backward)(dx, gradient(m, to, weight_param, layer), gradient(m, to, weight_param + 1, layer), dy, x, weight(m, weight_param, layer),
+                                 N, C, OC, accumulate, to->update ? &sink.sink : NULL, &m->ws, err));
+    if (to->update) step_taken(to->update, weight_param);
+    return 0;
+}
+
 // a->dx holds the gradient of the layer's output, then that of its input.
-static int backward_layer(llmc_model *m, const Acts *a, int64_t l, int64_t B, int64_t T, int add, llmc_error *err) {
+static int backward_layer(llmc_model *m, const Acts *a, const Gradients *to, int64_t l, int64_t B, int64_t T, int add, llmc_error *err) {
     int64_t C = m->config.channels, NH = m->config.heads, N = B * T;
-    Workspace *ws = &m->ws;
     real *x = a->x + l * N * C, *mid = a->mid + l * N * C;
     real *ln1 = a->ln1 + l * a->ln_stride, *ln2 = a->ln2 + l * a->ln_stride, *gelu = a->gelu + l * a->gelu_stride;
     real *qkv = a->qkv + l * N * 3 * C, *att = a->att + l * N * C, *fch = a->fch + l * N * 4 * C;
     if (m->options.recompute >= 1) FN(gelu_forward)(gelu, fch, N * 4 * C, m->options.threads);
     if (m->options.recompute >= 2) norm(m, a, ln2, mid, (int)(2 * l + 1), P_LN2W, l, N);
-    LLMC_TRY(FN(linear_backward)(a->d4, gradient(m, P_FCPROJW, l), gradient(m, P_FCPROJB, l), a->dx, gelu, weight(m, P_FCPROJW, l), N, 4 * C, C, add, ws, err));
+    LLMC_TRY(linear_back(m, to, a->d4, a->dx, gelu, P_FCPROJW, l, N, add, err));
     FN(gelu_backward)(a->d4, a->d4, fch, N * 4 * C, m->options.threads);
-    LLMC_TRY(FN(linear_backward)(a->dc, gradient(m, P_FCW, l), gradient(m, P_FCB, l), a->d4, ln2, weight(m, P_FCW, l), N, C, 4 * C, add, ws, err));
-    norm_backward(m, a, a->dc, mid, (int)(2 * l + 1), P_LN2W, l, N, add);
-    LLMC_TRY(FN(linear_backward)(a->dc, gradient(m, P_ATTPROJW, l), gradient(m, P_ATTPROJB, l), a->dx, att, weight(m, P_ATTPROJW, l), N, C, C, add, ws, err));
-    LLMC_TRY(FN(attention_backward)(a->d4, a->dc, qkv, att, a->lse + l * N * NH, B, T, C, NH, ws, err)); // d4 is (N, 3C) here
+    LLMC_TRY(linear_back(m, to, a->dc, a->d4, ln2, P_FCW, l, N, add, err));
+    norm_backward(m, a, to, a->dc, mid, (int)(2 * l + 1), P_LN2W, l, N, add);
+    LLMC_TRY(linear_back(m, to, a->dc, a->dx, att, P_ATTPROJW, l, N, add, err));
+    LLMC_TRY(FN(attention_backward)(a->d4, a->dc, qkv, att, a->lse + l * N * NH, B, T, C, NH, &m->ws, err)); // d4 is (N, 3C) here
     if (m->options.recompute >= 2) norm(m, a, ln1, x, (int)(2 * l), P_LN1W, l, N);
-    LLMC_TRY(FN(linear_backward)(a->dc, gradient(m, P_QKVW, l), gradient(m, P_QKVB, l), a->d4, ln1, weight(m, P_QKVW, l), N, C, 3 * C, add, ws, err));
-    norm_backward(m, a, a->dc, x, (int)(2 * l), P_LN1W, l, N, add);
+    LLMC_TRY(linear_back(m, to, a->dc, a->d4, ln1, P_QKVW, l, N, add, err));
+    norm_backward(m, a, to, a->dc, x, (int)(2 * l), P_LN1W, l, N, add);
     return 0;
 }
 
-int FN(model_gradient)(llmc_model *m, const int *inputs, const int *targets, int64_t B, int64_t T, float scale, int accumulate, double *mean, llmc_error *err) {
+int FN(model_gradient)(llmc_model *m, const int *inputs, const int *targets, int64_t B, int64_t T, float scale, int accumulate, const Gradients *to,
+                       double *mean, llmc_error *err) {
     Acts a;
     int64_t L = m->config.layers, C = m->config.channels, N = B * T;
     LLMC_TRY(prepare(m, &a, inputs, targets, B, T, 1, err));
     LLMC_TRY(forward(m, &a, inputs, B, T, 1, err));
-    LLMC_TRY(FN(classifier)(a.losses, a.dc, gradient(m, P_WTE, 0), a.lnf, weight(m, P_WTE, 0), targets, scale, N, C, m->config.vocab,
-                            accumulate, a.logits, a.chunk, &m->ws, err));
+    float *dwte = gradient(m, to, P_WTE, 0);
+    UpdateSink sink;
+    if (!dwte) sink = step_sink(to->update, P_WTE, 0);
+    LLMC_TRY(FN(classifier)(a.losses, a.dc, dwte, a.lnf, weight(m, P_WTE, 0), targets, scale, N, C, m->config.vocab, accumulate, dwte ? NULL : &sink.sink,
+                            a.logits, a.chunk, &m->ws, err));
+    if (!dwte) step_taken(to->update, P_WTE);
     memset(a.dx, 0, (size_t)(N * C) * sizeof(real));
-    norm_backward(m, &a, a.dc, a.x + L * N * C, (int)(2 * L), P_LNFW, 0, N, accumulate);
-    for (int64_t l = L - 1; l >= 0; l--) LLMC_TRY(backward_layer(m, &a, l, B, T, accumulate, err));
-    if (!accumulate) memset(gradient(m, P_WPE, 0), 0, (size_t)param_size(&m->config, P_WPE) * sizeof(float));
-    FN(encoder_backward)(gradient(m, P_WTE, 0), gradient(m, P_WPE, 0), a.dx, inputs, N, T, C, m->options.threads);
+    norm_backward(m, &a, to, a.dc, a.x + L * N * C, (int)(2 * L), P_LNFW, 0, N, accumulate);
+    for (int64_t l = L - 1; l >= 0; l--) LLMC_TRY(backward_layer(m, &a, to, l, B, T, accumulate, err));
+    if (!accumulate) memset(gradient(m, to, P_WPE, 0), 0, (size_t)param_size(&m->config, P_WPE) * sizeof(float));
+    if (dwte) FN(encoder_backward)(dwte, gradient(m, to, P_WPE, 0), a.dx, inputs, N, T, C, m->options.threads);
+    else FN(encoder_backward)(to->update->rows.grads, gradient(m, to, P_WPE, 0), a.dx, to->update->slots, N, T, C, m->options.threads);
     double sum = 0;
     for (int64_t i = 0; i < N; i++) sum += a.losses[i];
     *mean = sum / (double)N;
