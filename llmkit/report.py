@@ -41,6 +41,8 @@ def write_report(run: Run, out: Path | None = None, *, results: Sequence[Mapping
         _summary(run, config, metrics),
         f"## Loss\n\n{picture}\n\n{_validations(metrics)}",
     ]
+    if evaluated := [record for record in metrics if record["kind"] == "eval"]:
+        sections.append("## Evaluations during training\n\n" + _evaluations(evaluated))
     if results:
         sections.append("## Evaluation\n\n" + _results(results))
     if found := results_of_run(run.path):
@@ -132,6 +134,12 @@ def _validations(metrics: Sequence[Mapping[str, Any]]) -> str:
         if record["kind"] == "val"
     ]
     return table(["after step", "validation loss", "bits per byte"], rows) if rows else "(not validated)"
+
+
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> str:
+    names = ("step", "task", "metric", "value", "n")
+    rows = [tuple(f"{r[name]:.4f}" if name == "value" else r[name] for name in names) for r in records]
+    return table(["after step", "task", "metric", "value", "documents"], rows)
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:

@@ -117,8 +117,12 @@ class Run:
         provenance: Mapping[str, Any],
         write_state: Callable[[Path], None],
         keep_last: int,
+        keep_every: int = 0,
     ) -> Saved:
-        """Save checkpoints/step_N, then remove the oldest beyond `keep_last` (0 keeps all). Raises OSError."""
+        """Save checkpoints/step_N, then remove the oldest beyond `keep_last` (0 keeps all). Raises OSError.
+
+        Those whose step is a multiple of `keep_every` stay (0: none of them).
+        """
         path = self.path / "checkpoints" / f"step_{step}"
         from safetensors import SafetensorError
 
@@ -138,7 +142,7 @@ class Run:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"saving step {step} failed: {reason}; {kept}") from error
         for old in self.checkpoints[:-keep_last] if keep_last else []:
-            if old == path:
+            if old == path or (keep_every and int(old.name.removeprefix("step_")) % keep_every == 0):
                 continue
             doomed = old.with_name(f"{TEMPORARY}old-{old.name}")  # renamed first: a half-deleted one must not be opened
             old.rename(doomed)

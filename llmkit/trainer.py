@@ -66,6 +66,7 @@ class TrainConfig:
         minimum=0,
     )  # fmt: skip
     keep_last: int = option(3, "Checkpoints kept; 0 keeps all.", minimum=0)
+    keep_every: int = option(0, "Keep the checkpoints of multiples of N steps besides; 0 none.", minimum=0)
     from_checkpoint: str | None = option(
         None, "Begin with the weights of this checkpoint: a directory, run, llm.c .bin or hub id.", flag="--from",
         metavar="CHECKPOINT",
@@ -113,6 +114,17 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A task scored during training, after `step` steps: `value` of `metric` over `n` documents."""
+
+    step: int
+    task: str
+    metric: str
+    value: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """Generated text, after `step` steps."""
 
@@ -143,11 +155,11 @@ class Finished:
     interrupted: bool = False
 
 
-Event = Started | Step | Validation | Sample | Saved | Note | Finished
+Event = Started | Step | Validation | Evaluation | Sample | Saved | Note | Finished
 
 
 class Save(Protocol):
-    """Saves a checkpoint of the run, whole or not at all, and removes those beyond `keep_last`."""
+    """Saves a checkpoint of the run, whole or not at all, and removes those beyond `keep_last` and `keep_every`."""
 
     def __call__(
         self,

@@ -22,12 +22,12 @@ from llmkit.checkpoint import Checkpoint, remember_run
 from llmkit.component import require
 from llmkit.data.tokens import TokenData, ValidationBatches
 from llmkit.run import Run
-from llmkit.trainer import Event, Finished, Saved, Started, Step, TrainConfig, Trainer, TrainJob, Validation
+from llmkit.trainer import Evaluation, Event, Finished, Saved, Started, Step, TrainConfig, Trainer, TrainJob, Validation
 from llmkit.trainer import Sample as SampleEvent
 from llmkit.weights import Array
 
 #: options that may differ when a run is resumed: they change neither the model nor the order of the data
-RESUMABLE = {"steps", "val_every", "sample_every", "sample_tokens", "checkpoint_every", "keep_last"}
+RESUMABLE = {"steps", "val_every", "sample_every", "sample_tokens", "checkpoint_every", "keep_last", "keep_every"}
 
 
 class Diverged(ValueError):
@@ -200,6 +200,10 @@ class _Recorder:
             values = self._step(event)
         elif isinstance(event, Validation):
             values = self._validation(event)
+        elif isinstance(event, Evaluation):
+            values = {"task": event.task, "metric": event.metric, "value": event.value, "n": event.n}
+            self.run.record("eval", event.step, **values)
+            self.run.log(f"s:{event.step} eval:{event.value:.4f}")
         elif isinstance(event, SampleEvent):
             self.run.record("sample", event.step, text=event.text)
         elif isinstance(event, Saved):
@@ -278,6 +282,7 @@ class _Recorder:
             provenance=provenance,
             write_state=write_state,
             keep_last=self.plan.config.keep_last,
+            keep_every=self.plan.config.keep_every,
         )
 
 

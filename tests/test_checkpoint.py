@@ -178,6 +178,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, tmp_path, monkeypatc
     assert Checkpoint.open(run.path).step == 1
 
 
+def test_multiples_are_kept_besides_the_last(checkpoint, tmp_path):
+    from llmkit.run import Run
+
+    run = Run(tmp_path / "run")
+    run.acquire()
+    weights = {name: checkpoint.weights[name] for name in checkpoint.weights}
+    for step in (2, 4, 6, 8, 9):
+        run.save(
+            step, config=checkpoint.config, weights=weights, tokenizer=checkpoint.tokenizer,
+            provenance={"step": step}, write_state=lambda folder: None, keep_last=2, keep_every=4,
+        )  # fmt: skip
+    assert [path.name for path in run.checkpoints] == ["step_4", "step_8", "step_9"]
+
+
 CONFIGS = st.builds(
     GPT2Config,
     vocab=st.integers(1, 300),

@@ -11,7 +11,7 @@ import click
 
 from llmkit.cli.flags import ComponentCommand, given
 from llmkit.cli.ui import emit, json_option, note, progress
-from llmkit.trainer import Finished, Note, Sample, Saved, Started, Step, TrainConfig, Validation
+from llmkit.trainer import Evaluation, Finished, Note, Sample, Saved, Started, Step, TrainConfig, Validation
 
 if TYPE_CHECKING:
     from llmkit.training import Plan, Progress, Summary
@@ -140,6 +140,8 @@ class _Display:
         elif isinstance(event, Validation):
             self.validation = f" val {event.loss:.3f}"
             note(f"step {event.step}: validation loss {event.loss:.4f}, {values['bpb']:.4f} bits per byte")
+        elif isinstance(event, Evaluation):
+            note(f"step {event.step}: {event.task} {event.metric} {event.value:.4f} over {event.n} documents")
         elif isinstance(event, Sample) and self.samples:
             note(f"step {event.step}: {event.text!r}")
         elif isinstance(event, Saved):
