@@ -55,7 +55,9 @@ def tiny_llama(path: Path, *, dtype: str = "fp32", seed: int = 0, **changes: Any
         for linear in (block.qkv, block.out, block.up, block.down):
             add(linear)
         for norm in (block.norm1, block.norm2):
+            assert norm is not None
             weights[norm.weight] = rng.uniform(0.5, 1.5, spec.width).astype(np.float32)
+    assert spec.final_norm is not None
     weights[spec.final_norm.weight] = rng.uniform(0.5, 1.5, spec.width).astype(np.float32)
     add(Linear((spec.embedding,), (spec.vocab,), spec.width))
     if spec.head:

@@ -111,7 +111,8 @@ def test_products_that_round_their_inputs_equal_pytorch_with_the_same_rounding(
     assert distance(found, rounded) < 0.1 * distance(exact, rounded)
 
 
-@pytest.mark.parametrize("options",
+@pytest.mark.parametrize(
+    "options",
     [{"fp32_inputs": False}, {"quantize": "int8"}, {"fp32_inputs": True}, {"quantize": "int8", "fp32_inputs": True}],
     ids=str,
 )
