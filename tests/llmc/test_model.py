@@ -166,7 +166,8 @@ def test_a_step_without_stored_gradients(
     """The same bits as gradient and update, also where tokens repeat and where the logits come in chunks (the last)."""
     x, y = tokens(shape, B, T)
     x[:, 1:4] = 5
-    results, squares = [], []
+    results: list[tuple[float, bytes]] = []
+    squares: list[float] = []
     for threads, fused in ((1, False), (1, True), (2, True), (3, True)):
         model = made(library, shape, threads=threads, **options)
         flat = model.get()
