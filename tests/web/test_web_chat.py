@@ -101,6 +101,7 @@ def test_a_conversation_that_grows_too_long_loses_its_beginning_and_says_so(open
     expect(chat.last).to_have_text("b" * 40)
     chat.ask("say " + "c" * 300)  # this one alone is too long: the server's own words
     expect(chat.answers.last.get_by_role("alert")).to_contain_text("maximum context length is 160 tokens")
+    expect(chat.answers.last).not_to_contain_text("left out")
 
 
 def test_conversations_are_kept_listed_renamed_exported_and_deleted(open_page, tmp_path: Path):

@@ -18,7 +18,10 @@ export async function answer(conversation, changed) {
         return await add(streamChat({ ...sampling(), model: conversation.model, messages }, signal));
       } catch (error) {
         const shorter = error.code === "context_length_exceeded" && !message.content && withoutOldest(messages);
-        if (!shorter) throw error;
+        if (!shorter) {
+          delete message.leftOut; // nothing was answered
+          throw error;
+        }
         message.leftOut = (message.leftOut ?? 0) + messages.length - shorter.length;
         messages = shorter;
       }

@@ -54,6 +54,12 @@ function element(message, conversation, actions) {
   return message.role === "user" ? userMessage(message, conversation, actions) : assistantMessage(message, conversation, actions);
 }
 
+function leftOutNotice(count) {
+  if (!count) return "";
+  const what = count === 1 ? "message is" : `${count} messages are`;
+  return `The conversation no longer fits the model's context: the oldest ${what} left out.`;
+}
+
 function userMessage(message, conversation, actions) {
   const text = h("div", { class: "text" }, message.content);
   const buttons = h("div", { class: "actions" },
@@ -92,10 +98,7 @@ function assistantMessage(message, conversation, actions) {
     const now = JSON.stringify([message.content, message.state, last, running]);
     if (now === drawn) return;
     drawn = now;
-    if (message.leftOut) {
-      const what = message.leftOut === 1 ? "message is" : `${message.leftOut} messages are`;
-      notice.textContent = `The conversation no longer fits the model's context: the oldest ${what} left out.`;
-    }
+    notice.textContent = leftOutNotice(message.leftOut);
     renderMarkdown(text, message.content);
     // An answer that a reload cut off is still marked as streaming.
     const state = message.state === "streaming" && !(running && last) ? "stopped" : message.state;
