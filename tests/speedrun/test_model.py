@@ -53,7 +53,7 @@ def restated(weights: dict[str, Any], config: Any, ids: list[int]) -> Any:
         return out
 
     x = x0 = norm(w["model.embed_tokens.weight"][ids])
-    first_values, stack = None, []
+    first_values, stack = None, list[Any]()
     for layer in range(depth):
         p = f"model.layers.{layer}."
         if config.unet_skips and layer >= depth - depth // 2:
@@ -134,7 +134,9 @@ def test_a_new_model_predicts_every_token_alike_and_begins_as_the_record_does() 
     from llmkit_speedrun.model import SpeedrunConfig, SpeedrunForCausalLM
 
     torch.manual_seed(0)
-    model = SpeedrunForCausalLM(SpeedrunConfig(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2))
+    model = SpeedrunForCausalLM(
+        SpeedrunConfig(vocab_size=300, hidden_size=64, num_hidden_layers=4, num_attention_heads=2)
+    )
     assert model(ids_of(1, 8)).logits.abs().max() == 0
     state = model.state_dict()
     for name, tensor in state.items():

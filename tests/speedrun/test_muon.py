@@ -29,9 +29,7 @@ def with_singular_values(values: Any, rows: int, columns: int) -> Any:
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS.values(), ids=COEFFICIENTS)
 @given(rows=st.integers(1, 48), columns=st.integers(1, 48), scale=st.floats(1e-3, 1e6), seed=st.integers(0, 99))
-def test_singular_values_come_near_to_one(
-    coefficients: Any, rows: int, columns: int, scale: float, seed: int
-) -> None:
+def test_singular_values_come_near_to_one(coefficients: Any, rows: int, columns: int, scale: float, seed: int) -> None:
     x = scale * random(rows, columns, seed=seed)
     before = torch.linalg.svdvals(x)
     after = torch.linalg.svdvals(orthogonalise(x, coefficients=coefficients))
@@ -73,7 +71,7 @@ def test_the_dtype_is_that_of_newton_schulz() -> None:
     x = random(16, 16)
     assert orthogonalise(x, dtype=torch.bfloat16).dtype == torch.bfloat16
     singular = torch.linalg.svdvals(orthogonalise(x, dtype=torch.bfloat16).float())
-    assert 0.5 < singular[:-1].min() and singular.max() < 1.3
+    assert singular[:-1].min() > 0.5 and singular.max() < 1.3
 
 
 def parameters(*shapes: tuple[int, int]) -> list[Any]:
@@ -87,9 +85,9 @@ SHAPES = ((16, 16), (16, 48), (48, 16), (16, 16), (8, 24))
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_it_steps_as_torch_optim_muon_does(weight_decay: float, nesterov: bool) -> None:
     """Both in bf16, which torch's always is; the only difference is the order of rounding in batches."""
-    settings = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
+    settings: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov, "weight_decay": weight_decay}
     ours, theirs = parameters(*SHAPES), parameters(*SHAPES)
-    optimisers = [Muon(ours, dtype=torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)]
+    optimisers: list[Any] = [Muon(ours, dtype=torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)]
     for step in range(5):
         for params, optimiser in zip((ours, theirs), optimisers):
             for i, p in enumerate(params):
@@ -142,7 +140,11 @@ def test_cautious_decay_touches_only_weights_that_the_update_shrinks() -> None:
     plain, cautious = parameters((16, 16)), parameters((16, 16))
     none = parameters((16, 16))
     gradient = random(16, 16, seed=7)
-    settings = [{"weight_decay": 0.5}, {"weight_decay": 0.5, "cautious": True}, {"weight_decay": 0.0}]
+    settings: list[dict[str, Any]] = [
+        {"weight_decay": 0.5},
+        {"weight_decay": 0.5, "cautious": True},
+        {"weight_decay": 0.0},
+    ]
     for (p,), options in zip((plain, cautious, none), settings):
         p.grad = gradient.clone()
         Muon([p], lr=0.1, **options).step()

@@ -22,7 +22,6 @@ pytest.importorskip("transformers")
 from speedrun_support import TINY, resolved, training  # noqa: E402
 
 from llmkit.checkpoint import Checkpoint  # noqa: E402
-from llmkit.data.tokens import TokenData  # noqa: E402
 from llmkit.testing.tiny import tiny_data  # noqa: E402
 from llmkit_speedrun import SpeedrunTrainer  # noqa: E402
 from llmkit_speedrun.config import (  # noqa: E402
@@ -331,12 +330,3 @@ def test_every_option_of_the_preset_is_an_option() -> None:
     names = {field.name for field in dataclasses.fields(SpeedrunTrainConfig)}
     assert all(set(values) <= names for values in PRESETS.values())
     assert len(FEATURES) == len(set(FEATURES))
-
-
-def test_the_data_give_the_order_that_torch_sees(tmp_path: Path) -> None:
-    """Both trainers take the same batches for the same seed, so that their losses compare."""
-    run = training(tmp_path, seed=7)
-    assert run.job.data.path == tmp_path / "data"
-    first = next(run.job.batches())[0]
-    again = next(TokenData(tmp_path / "data") and run.job.batches())[0]
-    assert np.array_equal(first, again)

@@ -72,7 +72,9 @@ class SpeedrunTrainConfig(TrainConfig):
         choices=tuple(PRESETS),
     )  # fmt: skip
     learning_rate: float | None = option(None, "Peak learning rate of Muon. [default: the preset's]", minimum=0)
-    embedding_learning_rate: float | None = option(None, "Adam's, for the embedding. [default: the preset's]", minimum=0)
+    embedding_learning_rate: float | None = option(
+        None, "Adam's, for the embedding. [default: the preset's]", minimum=0
+    )
     head_learning_rate: float | None = option(None, "Adam's, for the head. [default: the preset's]", minimum=0)
     scalar_learning_rate: float | None = option(None, "Adam's, for the scalars. [default: the preset's]", minimum=0)
     schedule: str = option(
@@ -171,16 +173,16 @@ def _take_shape(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint)
         raise ValueError(f"--size {config.size} contradicts the checkpoint of --from")
     for name, value in shape.items():
         if getattr(config, name) not in (None, value):
-            raise ValueError(f"--{name} {getattr(config, name)} contradicts the checkpoint of --from, which has {value}")
+            raise ValueError(
+                f"--{name} {getattr(config, name)} contradicts the checkpoint of --from, which has {value}"
+            )
     off = {name for name in FEATURES if not feature_of(c, name)} | config.switched_off & {"document-mask"}
     if config.switched_off - off:
         raise ValueError(f"--without {config.without} contradicts the checkpoint of --from, whose architecture has it")
     if config.value_embeddings and not c["value_embeddings"]:
         raise ValueError("--value-embeddings contradicts the checkpoint of --from, which has none")
     without = ",".join(sorted(off))
-    return dataclasses.replace(
-        config, size=None, without=without, value_embeddings=c["value_embeddings"], **shape
-    )
+    return dataclasses.replace(config, size=None, without=without, value_embeddings=c["value_embeddings"], **shape)
 
 
 def feature_of(model: dict[str, Any], name: str) -> bool:

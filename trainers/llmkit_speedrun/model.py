@@ -1,12 +1,12 @@
-"""The 5-minute architecture of the NanoGPT speedrun (2024-11-19), readable top to bottom, as a Hugging Face model class.
+"""The 5-minute architecture of the NanoGPT speedrun (2024-11-19), readable top to bottom, as a Hugging Face model.
 
 There is one copy of it: the trainer trains this class, and transformers, vLLM (through its Transformers backend) and
 lm-eval run it. Importing this file registers it with transformers' Auto classes; no remote code is involved.
 
 What sets it apart from GPT-2, by whose idea it came into the speedrun:
 - rotary positions (Su et al. 2021), RMS norms without parameters, no biases;
-- queries and keys are normed (QK-norm, Dehghani et al. 2023), ReLU^2 (So et al. 2021), output projections and the head start
-  at zero (muP's advice, Yang et al. 2022), the head is not tied to the embedding: @Grad62304977, Keller Jordan;
+- queries and keys are normed (QK-norm, Dehghani et al. 2023), ReLU^2 (So et al. 2021), output projections and the head
+  start at zero (muP's advice, Yang et al. 2022), the head is not tied to the embedding: @Grad62304977, Keller Jordan;
 - value residual: every layer mixes its values with those of layer 0 (Zhou et al. 2024); embedding shortcut: every block
   mixes the normed embedding into its input; tanh softcap on the logits (Gemma Team 2024): @Grad62304977, @KoszarskyB;
 - U-net skips: the second half of the layers adds what the first half produced, in reverse order: @brendanh0gan;
@@ -94,6 +94,14 @@ class SpeedrunConfig(PreTrainedConfig):
         return "full_attention" if self.sliding_window is None else "sliding_attention"
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that begins with zeros."""
+
+
+class ZeroEmbedding(nn.Embedding):
+    """An embedding that begins with zeros."""
+
+
 def norm(x: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension, without parameters."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
@@ -135,17 +143,14 @@ class SpeedrunAttention(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
-        self.o_proj.zero_init = config.zero_init
+        self.o_proj = (ZeroLinear if config.zero_init else nn.Linear)(width, width, bias=False)
         if config.value_residual:
             self.value_lambda = nn.Parameter(torch.tensor([0.5]))
         # In every other layer, so that the last one has them.
         self.has_value_embedding = config.value_embeddings and (config.num_hidden_layers - 1 - layer_idx) % 2 == 0
         if self.has_value_embedding:
-            self.value_embedding = nn.Embedding(config.vocab_size, width)
-            self.value_embedding.zero_init = True
-            self.value_gate = nn.Linear(min(GATE_CHANNELS, width), config.num_attention_heads, bias=False)
-            self.value_gate.zero_init = True
+            self.value_embedding = ZeroEmbedding(config.vocab_size, width)
+            self.value_gate = ZeroLinear(min(GATE_CHANNELS, width), config.num_attention_heads, bias=False)
 
     def forward(
         self,
@@ -201,8 +206,8 @@ class SpeedrunMLP(nn.Module):
         super().__init__()
         self.relu2 = config.relu2
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.zero_init = config.zero_init
+        projection = ZeroLinear if config.zero_init else nn.Linear
+        self.down_proj = projection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up_proj(x)
@@ -244,13 +249,12 @@ class SpeedrunPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Uniform with deviation 1/sqrt(3 inputs) for matrices, PyTorch's default; normal for the embedding."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            if getattr(module, "zero_init", False):
-                nn.init.zeros_(module.weight)
-            elif isinstance(module, nn.Linear):
-                nn.init.kaiming_uniform_(module.weight, a=5**0.5)
-            else:  # as large as a norm makes it; small where it is the head too
-                nn.init.normal_(module.weight, std=0.02 if self.config.tie_word_embeddings else 1.0)
+        if isinstance(module, (ZeroLinear, ZeroEmbedding)):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, nn.Embedding):  # as large as a norm makes it; small where it is the head too
+            nn.init.normal_(module.weight, std=0.02 if self.config.tie_word_embeddings else 1.0)
 
 
 class SpeedrunModel(SpeedrunPreTrainedModel):
@@ -328,8 +332,9 @@ class SpeedrunForCausalLM(SpeedrunPreTrainedModel, GenerationMixin):
     def __init__(self, config: SpeedrunConfig) -> None:
         super().__init__(config)
         self.model = SpeedrunModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.zero_init = config.zero_init
+        self.lm_head = (ZeroLinear if config.zero_init else nn.Linear)(
+            config.hidden_size, config.vocab_size, bias=False
+        )
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ Coefficients = tuple[float, float, float]
 
 #: Jordan's: a steep slope at zero, so that five steps bring singular values from 0.01 on to about [0.7, 1.2]
 JORDAN: tuple[Coefficients, ...] = ((3.4445, -4.7750, 2.0315),) * 5
-#: Polar Express (Amsel et al. 2025, arXiv 2505.16932): the best polynomial for each of the steps in turn, with the paper's
-#: safety factor 1.01 on all but the last
+#: Polar Express (Amsel et al. 2025, arXiv 2505.16932): the best polynomial for each of the steps in turn, with the
+#: paper's safety factor 1.01 on all but the last
 POLAR_EXPRESS: tuple[Coefficients, ...] = tuple(
     (a / s, b / s**3, c / s**5)
     for (a, b, c), s in zip(

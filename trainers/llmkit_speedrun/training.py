@@ -28,7 +28,6 @@ from llmkit_torch.loop import TrainingLoop
 BETAS = (0.9, 0.95)
 EPSILON = 1e-10
 IGNORED = -100  # a target that counts for nothing
-HEAD_MULTIPLE = 128  # on CUDA the head's products are padded to whole tiles
 
 
 class SpeedrunTraining(TrainingLoop):
@@ -157,7 +156,7 @@ class SpeedrunTraining(TrainingLoop):
         return data.tokenizer.decode(ids[1:])
 
     def parameters_and_flops(self) -> tuple[int, int]:
-        """FLOPs as llm.c counts them: 6 for each parameter that is multiplied with, 6·L·C for each token attended to."""
+        """FLOPs as llm.c counts them: 6 for each parameter that multiplies, 6·L·C for each token attended to."""
         c, model = self.config, self.model
         parameters = sum(p.numel() for p in model.parameters())
         looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))

@@ -128,7 +128,7 @@ class TrainingLoop(ABC):
             inputs, targets = self._to_device(next(self.batches))
             with self.autocast:
                 objective, loss = self.loss(inputs, targets)
-            (objective / micro_batches).backward()
+            torch.autograd.backward(objective / micro_batches)
             total += loss.detach() / micro_batches
         return total
 
@@ -160,7 +160,9 @@ class TrainingLoop(ABC):
 
     def _save(self, val_loss: float | None) -> Event:
         config, weights = self.to_hf()
-        return self.job.save(self.step, config=config, weights=weights, write_state=self._write_state, val_loss=val_loss)
+        return self.job.save(
+            self.step, config=config, weights=weights, write_state=self._write_state, val_loss=val_loss
+        )
 
     def _write_state(self, folder: Path) -> None:
         from safetensors.torch import save_file
