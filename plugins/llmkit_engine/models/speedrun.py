@@ -1,4 +1,4 @@
-"""The speedrun's architecture: rotary positions, norms without parameters, ReLU^2, blocks that are mixed with each other.
+"""The speedrun's architecture: rotary positions, norms without parameters, ReLU^2, blocks mixed with each other.
 
 See llmkit_speedrun/model.py, which it is trained with.
 """
