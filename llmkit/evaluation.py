@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmkit.eval_chat import Chat
 
 WAVE_TOKENS = 2**20  # about 40 MB of Python integers
+FIRST_WAVE_TOKENS = 2**16  # a small one, so that the first results come soon
 WAVE_DOCUMENTS = 2**14
 
 
@@ -153,13 +154,13 @@ class Evaluation:
     def _finished(self, engine: Engine, cache: AnswerCache | None) -> Iterator[OpenDocument]:
         """Documents with all their answers."""
         encoder = Encoder(self.checkpoint.tokenizer, engine.context_length)
-        wave = Wave(encoder, self.seed, cache)
+        wave, most = Wave(encoder, self.seed, cache), min(FIRST_WAVE_TOKENS, WAVE_TOKENS)
         for name in self.tasks:
             for index, document in enumerate(self._limited(name)):
                 wave.add(OpenDocument(name, index, document, self._requests(name, index, document)))
-                if wave.tokens >= WAVE_TOKENS or wave.documents >= WAVE_DOCUMENTS:
+                if wave.tokens >= most or wave.documents >= WAVE_DOCUMENTS:
                     yield from self._run_wave(wave, engine)
-                    wave = Wave(encoder, self.seed, cache)
+                    wave, most = Wave(encoder, self.seed, cache), WAVE_TOKENS
         if wave.documents:
             yield from self._run_wave(wave, engine)
 
