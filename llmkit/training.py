@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -22,7 +23,7 @@ from llmkit.checkpoint import Checkpoint, remember_run
 from llmkit.component import require
 from llmkit.data.tokens import TokenData, ValidationBatches
 from llmkit.run import Run
-from llmkit.trainer import Evaluation, Event, Finished, Saved, Started, Step, TrainConfig, Trainer, TrainJob, Validation
+from llmkit.trainer import Evaluation, Event, Finished, Save, Saved, Started, Step, Trainer, TrainJob, Validation
 from llmkit.trainer import Sample as SampleEvent
 from llmkit.weights import Array
 
@@ -70,7 +71,26 @@ class Plan:
     start: Checkpoint | None
     resume: bool
     run: Run
-    validation: ValidationBatches
+
+    @functools.cached_property
+    def validation(self) -> ValidationBatches:
+        """The batches of every validation."""
+        c = self.config
+        batches = None if c.val_batches < 0 else max(1, c.val_batches)
+        return ValidationBatches(self.data, c.batch_size, c.sequence_length, batches=batches)
+
+    def job(self, save: Save, stop: threading.Event) -> TrainJob:
+        """What the trainer is given."""
+        return TrainJob(
+            config=self.config,
+            data=self.data,
+            start=self.start,
+            resume=self.resume,
+            save=save,
+            stop=stop,
+            out=self.run.path,
+            validation=self.validation,
+        )
 
 
 def plan(
@@ -94,7 +114,7 @@ def plan(
     opened = TokenData(data)
     start = Checkpoint.open(config.from_checkpoint) if config.from_checkpoint else None
     config = trainer.resolve(config, opened, start)
-    return Plan(trainer, config, opened, start, False, run, _validation(opened, config))
+    return Plan(trainer, config, opened, start, False, run)
 
 
 def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, Any], data: Path | None) -> Plan:
@@ -122,13 +142,7 @@ def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, An
     opened = TokenData(data or saved["data"]["path"])
     if opened.fingerprint != saved["data"]["fingerprint"]:
         raise ValueError(f"the data in {opened.path} are not those that {run.path} was trained on")
-    return Plan(trainer, config, opened, start, True, run, _validation(opened, config))
-
-
-def _validation(data: TokenData, config: TrainConfig) -> ValidationBatches:
-    assert config.batch_size and config.sequence_length
-    batches = None if config.val_batches < 0 else max(1, config.val_batches)
-    return ValidationBatches(data, config.batch_size, config.sequence_length, batches=batches)
+    return Plan(trainer, config, opened, start, True, run)
 
 
 def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
@@ -141,18 +155,8 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
     with contextlib.closing(plan.run), _stop_on_signal() as stop:
         recorder = _Recorder(plan, show)
         plan.run.begin(recorder.description, step=recorder.first_step)
-        job = TrainJob(
-            config=plan.config,
-            data=plan.data,
-            start=plan.start,
-            resume=plan.resume,
-            save=recorder.save,
-            stop=stop,
-            out=plan.run.path,
-            validation=plan.validation,
-        )
         finished = None
-        for event in plan.trainer().train(job):
+        for event in plan.trainer().train(plan.job(recorder.save, stop)):
             recorder.handle(event)
             if isinstance(event, Finished):
                 finished = event

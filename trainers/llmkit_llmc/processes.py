@@ -63,7 +63,6 @@ def describe(job: TrainJob) -> dict[str, Any]:
         "start": None if job.start is None else str(job.start.path.resolve()),
         "resume": job.resume,
         "out": str(job.out.resolve()),
-        "val_batches": job.validation.batches,
     }
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint import Checkpoint
-from llmkit.data.tokens import TokenData, ValidationBatches
-from llmkit.trainer import Saved, TrainJob
+from llmkit.data.tokens import TokenData
+from llmkit.run import Run
+from llmkit.trainer import Saved
+from llmkit.training import Plan
 from llmkit.weights import Array
 from llmkit_llmc.library import load
 from llmkit_llmc.loop import Training
 from llmkit_llmc.processes import STOP
 from llmkit_llmc.state import Comm
-from llmkit_llmc.trainer import LlmcConfig
+from llmkit_llmc.trainer import LlmcConfig, LlmcTrainer
 
 
 class _StopFile(threading.Event):
@@ -75,22 +77,11 @@ def main(folder: Path) -> None:
     try:
         described = json.loads((folder / "job.json").read_text("utf-8"))
         config = LlmcConfig(**described["config"])
-        assert config.batch_size and config.sequence_length  # resolved by the launching process
         data = TokenData(described["data"])
+        start = Checkpoint.open(described["start"]) if described["start"] else None
         save = _Handover(folder, comm)
-        job = TrainJob(
-            config=config,
-            data=data,
-            start=Checkpoint.open(described["start"]) if described["start"] else None,
-            resume=described["resume"],
-            save=save,
-            stop=_StopFile(folder / STOP),
-            out=Path(described["out"]),
-            validation=ValidationBatches(
-                data, config.batch_size, config.sequence_length, batches=described["val_batches"]
-            ),
-        )
-        training = save.training = Training(job, comm)
+        plan = Plan(LlmcTrainer, config, data, start, described["resume"], Run(Path(described["out"])))
+        training = save.training = Training(plan.job(save, _StopFile(folder / STOP)), comm)
         for event in training.run():
             if not isinstance(event, Saved):
                 report({"event": type(event).__name__, **dataclasses.asdict(event)}, comm)
