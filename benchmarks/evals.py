@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -142,7 +141,7 @@ def first_result_seconds(model: Path, data: Path) -> float:
                 time.sleep(0.02)
             return time.perf_counter() - started
         finally:
-            process.send_signal(signal.SIGINT)
+            process.kill()
             process.wait()
 
 
