@@ -66,3 +66,20 @@ def test_no_mask_where_plain_causal_attention_does() -> None:
     ids = torch.tensor([[EOT, 1, 2, 3], [1, 2, 3, 1]])
     assert dense_mask(document_ids(ids, EOT), 4) is None
     assert dense_mask(document_ids(ids, EOT), 3) is not None
+
+
+def test_flex_attention_with_the_block_mask_is_sdpa_with_the_dense_one() -> None:
+    """The path that CUDA takes, through transformers; not compiled here, where it has no backward."""
+    pytest.importorskip("transformers")
+    from speedrun_support import random_model
+
+    model = random_model(sliding_window=20)
+    ids = torch.randint(0, 6, (2, 128), generator=torch.Generator().manual_seed(0))
+    ids[0, [0, 70, 71]] = EOT
+    documents = document_ids(ids, EOT)
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=dense_mask(documents, 20)).logits
+        model.config._attn_implementation = "flex_attention"
+        with torch.compiler.set_stance("force_eager"):
+            found = model(ids, attention_mask=block_mask(documents, 20)).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
