@@ -21,6 +21,7 @@ COMMANDS = (
     "tokenizer eval",
     "train --backend torch",
     "train --backend llmc",
+    "train --backend speedrun",
     "eval",
     "generate",
     "chat",
