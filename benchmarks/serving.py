@@ -144,7 +144,7 @@ def servers(args: argparse.Namespace) -> Iterator[list[Side]]:
 def measure(sides: list[Side], engine: EmbeddedEngine, args: argparse.Namespace) -> dict[str, Any]:
     """Of each side: tokens/s and median time to first token, by concurrency; the engine's tokens/s without HTTP."""
     rng = random.Random(0)
-    speed: dict[str, dict[int, float]] = {side.name: {} for side in sides} | {"engine": {}}
+    speed: dict[str, dict[int, float]] = {name: {} for name in (*(side.name for side in sides), "engine")}
     first: dict[str, dict[int, float]] = {side.name: {} for side in sides}
     for side in sides:  # a warm-up, so that nobody's first request is measured
         side.run([[5] * PROMPT_TOKENS] * 2, 4)

@@ -64,7 +64,7 @@ class SamplingFields(RequestModel):
     user: str | None = Field(None, description="Ignored.")
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 PROMPTS = ("Once upon a time", "Lily and Tom went", "The big dog", "One day, a bird", "In the park")
 
 
@@ -30,7 +29,9 @@ class Outcome:
     incomplete: int = 0  # streams of well-behaved clients that did not end with [DONE]
 
 
-async def request(address: tuple[str, int], path: str, body: bytes) -> tuple[Reader, Writer, int]:
+async def request(
+    address: tuple[str, int], path: str, body: bytes
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int]:
     """Send a POST; the connection behind the head of the answer, and its status."""
     reader, writer = await asyncio.open_connection(*address)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from llmkit.checkpoint import Checkpoint
 
 HELLO = [{"role": "user", "content": "Tell me of a dog."}]
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 6},
@@ -47,7 +48,9 @@ def client(tiny_url):
 
 def collect(events):
     """The message, finish_reason, log-probabilities and usage that the events of a stream add up to."""
-    content, calls, reason, logprobs, usage = "", [], None, [], None
+    content, reason, usage = "", None, None
+    calls: list[dict[str, str]] = []
+    logprobs: list[Any] = []
     for event in events:
         usage = event.usage or usage
         for choice in event.choices:
@@ -92,7 +95,7 @@ def test_a_stream_gives_what_the_whole_answer_has(client, options):
 
 
 def test_asynchronous_streams(tiny_url, client):
-    asked = {"model": "other-name", "messages": HELLO, "max_tokens": 20, "temperature": 0}
+    asked: Any = {"model": "other-name", "messages": HELLO, "max_tokens": 20, "temperature": 0}
 
     async def ask():
         async with AsyncOpenAI(base_url=f"{tiny_url}/v1", api_key="none", max_retries=0) as asynchronous:

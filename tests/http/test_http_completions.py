@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -59,7 +60,7 @@ def test_a_stream_gives_what_the_whole_answer_has(stories_client, options):
     whole = stories_client.completions.create(**asked)
     text = [""] * len(whole.choices)
     reasons = [None] * len(whole.choices)
-    logprobs = [([], [], [], []) for _ in whole.choices]
+    logprobs: list[tuple[list[Any], ...]] = [([], [], [], []) for _ in whole.choices]
     usage = None
     for event in stories_client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = event.usage or usage

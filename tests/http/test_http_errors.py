@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import openai
 import pytest
@@ -143,6 +145,6 @@ def test_models_and_aliases(tiny_url):
     with OpenAI(base_url=f"{tiny_url}/v1", api_key="none") as client:
         assert [model.id for model in client.models.list()] == ["tiny", "other-name"]
         assert client.models.retrieve("other-name").id == "other-name"
-        asked = {"prompt": "Hi", "max_tokens": 4, "temperature": 0}
+        asked: Any = {"prompt": "Hi", "max_tokens": 4, "temperature": 0}
         texts = {client.completions.create(model=name, **asked).choices[0].text for name in ("tiny", "other-name")}
         assert len(texts) == 1

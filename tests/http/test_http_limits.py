@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -159,11 +160,12 @@ def test_a_full_queue_answers_429_and_recovers(slow):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_a_client_that_goes_ends_its_generations(slow, path, stream):
-    body = {
+    bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {**LONG, "n": 3},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True, "n": 3},
         "/v1/responses": {"input": "Hi"},
-    }[path]
+    }
+    body = bodies[path]
     with serving(slow) as url:
         with connect(url) as connection:
             send(connection, path, {**body, "stream": stream})
