@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 
 from llmkit_chat.models import Part
 
+TICK = 0.1  # seconds
+
 
 class Interrupted(Exception):
     """Ctrl-C came while the model was answering."""
 
 
 def interruptible(start: Callable[[threading.Event], Iterator[Part]]) -> Iterator[Part]:
-    """The parts that `start(cancelled)` gives. Raises Interrupted at Ctrl-C, whatever the model is doing then.
+    """The parts that `start(cancelled)` gives, and empty ones while none comes, so that a display can move.
 
-    The signal never reaches the model's code: it sets `cancelled`, and the model ends at its next part. To be called
-    from the main thread, whose handler of SIGINT is put back at the end.
+    Raises Interrupted at Ctrl-C, whatever the model is doing then. The signal never reaches the model's code: it sets
+    `cancelled`, and the model ends at its next part. To be called from the main thread, whose handler of SIGINT is put
+    back at the end.
     """
     cancelled = threading.Event()
     # A SimpleQueue may be put to by a signal handler while its reader waits.
@@ -39,7 +42,13 @@ def interruptible(start: Callable[[threading.Event], Iterator[Part]]) -> Iterato
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         threading.Thread(target=work, daemon=True).start()
-        while (part := parts.get()) is not None:
+        while True:
+            try:
+                part = parts.get(timeout=TICK)
+            except queue.Empty:
+                part = Part()
+            if part is None:
+                return
             if isinstance(part, BaseException):
                 raise part
             if cancelled.is_set():

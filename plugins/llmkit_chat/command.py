@@ -188,7 +188,7 @@ def _answer_once(
             if part.notice:
                 ui.note(f"[{part.notice}]")
             text += part.text
-            last = part
+            last = part if part.finish_reason else last
             if not as_json:
                 sys.stdout.write(ui.printable(part.text) if sys.stdout.isatty() else part.text)
                 sys.stdout.flush()

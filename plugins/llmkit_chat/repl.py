@@ -127,7 +127,7 @@ class Repl:
                         self.note(part.notice)
                     text += part.text
                     show(part.text)
-                    last = part
+                    last = part if part.finish_reason else last
         except Interrupted:
             self.note("stopped")
         finally:
@@ -135,7 +135,7 @@ class Repl:
                 conversation.answer(text)
                 if self.save_to:
                     conversation.save(self.save_to, self.model.name)
-        if last and last.finish_reason:
+        if last:
             self.note(self._summary(last, time.perf_counter() - started))
 
     def _summary(self, last: Part, seconds: float) -> str:
