@@ -36,9 +36,9 @@ MULTI_TOKEN_WEIGHTS = ((1.0, 0.5, 0.25), (1.0, 0.5), (1.0,))
 PRESETS: dict[str, dict[str, Any]] = {
     # Tuned on novels with 4 layers of 128 channels and 8192 tokens a step: docs/speedrun.md shows the sweeps.
     "small": {
-        "learning_rate": 0.02,
+        "learning_rate": 0.04,
         "embedding_learning_rate": 0.3,
-        "head_learning_rate": 0.004,
+        "head_learning_rate": 0.016,
         "scalar_learning_rate": 0.02,
         "warmdown_fraction": 0.5,
         "momentum_warmup_steps": 100,
