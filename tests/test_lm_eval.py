@@ -21,7 +21,7 @@ from llmkit.evaldata import json_lines
 from llmkit.evaluation import Evaluation, Sample
 from llmkit.evaluator import Generate, LogLikelihood
 from llmkit.plugins import UnknownComponent, get_plugins
-from llmkit.testing.tiny import tiny_checkpoint
+from llmkit.testing.tiny import TEXT, tiny_checkpoint
 from llmkit_mmlu import SUBJECTS
 
 ROLLING = """
@@ -362,7 +362,7 @@ def test_whole_texts_as_lm_eval_s_model(plain: Checkpoint) -> None:
 
     from llmkit_lm_eval.model import LlmkitLM
 
-    texts = ["two and two make four", "x" * 1300, "y" * 512]  # the second in three windows
+    texts = ["two and two make four", TEXT[:1300], TEXT[5:517]]  # the second in three windows
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     found = LlmkitLM(str(plain.path), dtype="fp32").loglikelihood_rolling(requests, disable_tqdm=True)
     assert found == pytest.approx(hf_model(plain).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-4)
