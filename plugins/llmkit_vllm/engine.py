@@ -196,8 +196,7 @@ class VLLMEngine(Engine):
         finally:
             for number in list(mine):
                 self._forget(number, mine)
-                with contextlib.suppress(OSError):  # vLLM has died: there is nothing to cancel
-                    self.worker.send({"cancel": number})
+                self.worker.send({"cancel": number})
 
     def _add(self, request: R, message: Any, results: queue.SimpleQueue[dict[str, Any]], mine: dict[int, R]) -> None:
         self.check(request)
@@ -282,19 +281,22 @@ class Worker:
             self._sinks.pop(number, None)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Raises OSError where vLLM has died; its waiting requests learn why."""
+        """Where vLLM has died, nothing: those who wait for results learn of it."""
+        line = json.dumps(message).encode() + b"\n"
         stdin = self.process.process.stdin
         assert stdin is not None
-        with self._lock, contextlib.suppress(BrokenPipeError):  # the reader finds out too, and says more
-            stdin.write(json.dumps(message).encode() + b"\n")
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):  # ValueError: it has been closed
+            stdin.write(line)
             stdin.flush()
 
     def _read(self) -> None:
         stdout = self.process.process.stdout
         assert stdout is not None
+        was_ready = False
         for line in stdout:
             message = json.loads(line)
             if "ready" in message:
+                was_ready = True
                 self._ready.put(message)
             elif "died" in message:
                 break
@@ -305,7 +307,7 @@ class Worker:
                     sink.put(message)
         if self._closing:
             return
-        failure = self.process.failure("vLLM could not be started" if self._ready.empty() else "vLLM has died")
+        failure = self.process.failure("vLLM has died" if was_ready else "vLLM could not be started")
         with self._lock:
             self._failure = failure
             sinks = {id(sink): sink for sink in self._sinks.values()}
