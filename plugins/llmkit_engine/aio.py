@@ -116,7 +116,8 @@ class AsyncEngine:
             busy = False
             while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: busy or self._todo or self._closing)
+                    while not (busy or self._todo or self._closing):
+                        self._wake.wait()
                     if self._closing:
                         return
                 while self._todo:
