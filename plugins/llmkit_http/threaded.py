@@ -51,7 +51,8 @@ class ThreadedEngine:
 
     def cancel(self, request_id: int) -> None:
         """End a request with finish_reason "cancelled" when its next chunk is due."""
-        self._cancelled.add(request_id)
+        with self._wake:
+            self._cancelled.add(request_id)
 
     def close(self) -> None:
         """Cancel what runs and end the thread."""
@@ -66,18 +67,22 @@ class ThreadedEngine:
                 self._wake.wait_for(lambda: self._waiting or self._closing)
                 batch = {request.id: (request, loop, sink) for request, loop, sink in self._waiting}
                 self._waiting.clear()
+                self._cancelled &= set(batch)  # others have ended before they were cancelled
             open_ids = set(batch)
             end: Exception = RuntimeError("the engine was closed")
             try:
                 if not self._closing:
                     self._run_batch(batch, open_ids)
             except Exception as error:  # a defect of the engine: every stream learns of it
-                self._failed, end = error, RuntimeError(f"the engine failed: {error}")
+                end = RuntimeError(f"the engine failed: {error}")
                 end.__cause__ = error
+                with self._wake:
+                    self._failed = error
+                    waiting = {request.id: (request, loop, sink) for request, loop, sink in self._waiting}
+                    batch, open_ids = batch | waiting, open_ids | set(waiting)
             for request_id in open_ids:
                 _, loop, sink = batch[request_id]
                 _deliver(loop, sink, end)
-            self._cancelled -= set(batch)
             if self._closing or self._failed is not None:
                 return
 
@@ -92,7 +97,7 @@ class ThreadedEngine:
                     open_ids.discard(chunk.id)
                     self.running -= 1
                 _deliver(loop, sink, chunk)
-                for request_id in open_ids & (open_ids if self._closing else self._cancelled.copy()):
+                for request_id in open_ids & (open_ids if self._closing else self._cancelled):
                     self.engine.cancel(request_id)
         finally:
             self.running = 0
