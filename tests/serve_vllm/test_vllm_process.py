@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from llmkit.testing import tiny_checkpoint
+from llmkit.server import Server
+from llmkit.testing import ServerContract, tiny_checkpoint
 
 PATIENCE = 120.0  # until something that should happen at once has not happened
 
@@ -24,6 +25,20 @@ PATIENCE = 120.0  # until something that should happen at once has not happened
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", width=64).path
+
+
+class TestVLLMServer(ServerContract):
+    @pytest.fixture
+    def server(self, fake_python, tmp_path, monkeypatch) -> type[Server]:
+        from llmkit_vllm.server import VLLMServer
+
+        monkeypatch.setenv("LLMKIT_VLLM_PYTHON", str(fake_python))
+        monkeypatch.setenv("FAKE_VLLM_RECORD", str(tmp_path / "record.json"))
+        return VLLMServer
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        return tiny_checkpoint(tmp_path / "tiny", width=64)
 
 
 class Serving:
