@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmkit.testing.tiny import tiny_checkpoint
+
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n{% elif m.role == 'user' %}"
     "{{ m.content }}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
@@ -25,4 +27,15 @@ def chat_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("models") / "stories-chat"
     shutil.copytree(base_model, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the engine `scripted`, which says what it is told, as slowly as it is told."""
+    folder = tmp_path_factory.mktemp("models") / "scripted"
+    tiny_checkpoint(folder, context=4096)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
     return folder

@@ -14,6 +14,7 @@ from typing import Any
 import pexpect
 import pytest
 
+SCRIPTED = Path(__file__).parents[1] / "scripted"  # a plugin with the engine of that name
 CTRL_C, CTRL_D, CTRL_J, ENTER = "\x03", "\x04", "\n", "\r"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -27,6 +28,7 @@ class Terminal:
             "XDG_STATE_HOME": str(folder / "state"),
             "TERM": "xterm-256color",
             "PROMPT_TOOLKIT_NO_CPR": "1",
+            "PYTHONPATH": os.pathsep.join([str(SCRIPTED), os.environ.get("PYTHONPATH", "")]),
         }
         command = ["-m", "llmkit", "chat", *map(str, args)]
         self.child = pexpect.spawn(
@@ -105,17 +107,20 @@ def test_a_conversation_is_held_saved_reset_and_loaded(terminal: Open, chat_mode
     chat.leave()
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Open, chat_model: Path, tmp_path: Path) -> None:
-    chat = terminal(chat_model, "--temperature", "1", "--max-tokens", "400", "--save", "kept.json")
-    chat.send("Once upon a time" + ENTER)
-    chat.see("the")  # the answer has begun
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Open, scripted_model: Path, tmp_path: Path) -> None:
+    chat = terminal(scripted_model, "--engine", "scripted", "--save", "kept.json")
+    chat.send("slowly " + "word " * 200 + ENTER)  # 20 seconds
+    chat.see("\x1b[?2004l")
+    chat.see("word word")  # the answer has begun
     chat.send(CTRL_C)
     assert "[stopped]" in chat.prompt()
-    (_, (role, partial)) = saved(tmp_path / "kept.json")
+    _, (role, partial) = saved(tmp_path / "kept.json")
     assert role == "assistant"
-    assert 0 < len(partial) < 1200
+    assert partial.startswith("word word")
+    assert len(partial) < 900
     chat.say("/set max_tokens 5")
     assert "5 tokens" in chat.say("/retry")
+    assert saved(tmp_path / "kept.json")[1:] == [("assistant", "word ")]
     chat.send(CTRL_C)
     assert "Ctrl-C again" in chat.prompt()
     chat.send(CTRL_C)
@@ -144,17 +149,19 @@ def test_several_lines_are_one_message_and_history_survives(terminal: Open, chat
     again.leave()
 
 
-def test_what_is_typed_during_an_answer_waits_for_the_prompt(terminal: Open, chat_model: Path, tmp_path: Path) -> None:
-    chat = terminal(chat_model, "--greedy", "--max-tokens", "150", "--plain")
-    chat.send("Once upon a time" + ENTER)
-    chat.see("there")
-    chat.send("Next time" + ENTER)
-    shown = chat.prompt()
-    assert "Next time" not in shown
-    chat.see("tokens/s")
+def test_what_is_typed_during_an_answer_waits_for_the_prompt(
+    terminal: Open, scripted_model: Path, tmp_path: Path
+) -> None:
+    chat = terminal(scripted_model, "--engine", "scripted", "--plain")
+    chat.send("slowly " + "word " * 20 + ENTER)  # 2 seconds
+    chat.see("\x1b[?2004l")
+    chat.see("word word")
+    chat.send("say more" + ENTER)
+    assert "say more" not in chat.prompt()
+    chat.see("tokens/s")  # that message is answered
     chat.prompt()
     chat.say("/save talk.json")
-    assert [text for role, text in saved(tmp_path / "talk.json") if role == "user"] == ["Once upon a time", "Next time"]
+    assert [text for _, text in saved(tmp_path / "talk.json")][2:] == ["say more", "more"]
     chat.leave()
 
 

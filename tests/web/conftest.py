@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Dialog, Locator, Page, 
 
 from llmkit.testing.tiny import tiny_checkpoint
 
-HERE = Path(__file__).parent
+SCRIPTED = Path(__file__).parents[1] / "scripted"  # a plugin
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -59,17 +59,12 @@ Serve = Callable[..., Served]
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+def serve() -> Iterator[Serve]:
     """Start `llmkit serve ARGS` with the scripted engine, which it finds as it finds any plugin."""
-    site = tmp_path_factory.mktemp("site")
-    info = site / "scripted-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: scripted\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[llmkit]\nscripted = scripted_engine\n")
     running: list[subprocess.Popen[str]] = []
 
     def start(*args: object, **environment: str) -> Served:
-        path = os.pathsep.join([str(site), str(HERE), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(SCRIPTED), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "llmkit", "serve", *map(str, args), "--engine", "scripted", "--port", "0"]
         process = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path, **environment}, stderr=subprocess.PIPE, text=True

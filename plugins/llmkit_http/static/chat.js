@@ -117,7 +117,8 @@ function assistantMessage(message, conversation, actions) {
     const buttons = [];
     if (message.content) buttons.push(copyButton(() => message.content));
     if (canRegenerate) {
-      buttons.push(state === "error" ? iconButton("retry", "Try again", actions.regenerate, "Try again") : iconButton("retry", "Regenerate", actions.regenerate));
+      const failed = state === "error";
+      buttons.push(iconButton("retry", "Regenerate", actions.regenerate, failed ? "Try again" : ""));
     }
     return [...parts, h("div", { class: "actions" }, ...buttons)];
   }

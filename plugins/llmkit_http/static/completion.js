@@ -25,7 +25,9 @@ export function showCompletion(view, conversation) {
 }
 
 function createPage(conversation) {
-  const area = h("textarea", { "aria-label": "Text to continue", placeholder: "Begin a text, and let the model continue it.", spellcheck: "false" });
+  const area = h("textarea", {
+    "aria-label": "Text to continue", placeholder: "Begin a text, and let the model continue it.", spellcheck: "false",
+  });
   const page = h("div", { class: "page" }, h("div", { class: "tint", "aria-hidden": "true" }), area);
   page.conversation = conversation;
   area.addEventListener("input", () => {

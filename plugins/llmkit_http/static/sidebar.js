@@ -1,6 +1,6 @@
 // The list of conversations: choose, rename, export, delete; on narrow screens it slides in.
 
-import { $, h, icon, toast } from "./dom.js";
+import { $, h, iconButton, toast } from "./dom.js";
 import { isRunning, state, stop } from "./state.js";
 import { deleteConversation, exportConversation, loadConversations, restoreConversation, saveConversation } from "./store.js";
 
@@ -61,9 +61,12 @@ function item(conversation) {
     type: "button", class: "choose", title, "aria-current": current ? "true" : null,
     onclick: () => { slide(false); if (!current) open(conversation); },
   }, title);
-  const more = h("button", { type: "button", class: "icon-button", "aria-label": `More for ${title}`, "aria-haspopup": "menu" }, icon("more"));
-  more.addEventListener("click", () => showMenu(more, conversation));
-  return h("li", { "data-id": conversation.id, class: [current && "current", isRunning(conversation) && "running"].filter(Boolean).join(" ") }, choose, more);
+  const more = iconButton("more", `More for ${title}`, () => showMenu(more, conversation));
+  more.setAttribute("aria-haspopup", "menu");
+  const row = h("li", { "data-id": conversation.id }, choose, more);
+  row.classList.toggle("current", current);
+  row.classList.toggle("running", isRunning(conversation));
+  return row;
 }
 
 function showMenu(button, conversation) {

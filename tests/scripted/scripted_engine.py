@@ -1,4 +1,4 @@
-"""An engine for tests of the chat page: a plugin whose answers follow from what it is told.
+"""An engine for tests of chats: a plugin, found where PYTHONPATH has its folder, that answers as it is told.
 
 A checkpoint's tokenizer is `byte`, so that it reads its prompt, and its template writes messages as `<user>…`. The last
 message tells it what to say: `say TEXT`, `slowly TEXT` (a character each 20 ms), `prompt?` for all that it was given,
