@@ -120,7 +120,7 @@ def gradient_moments(model: Model, dtype: str) -> list[bytes]:
     """m, v and, for bf16, the master weights after one step from zero moments, as AdamW's definition gives them."""
     gradients = model.gradients()
     m = (np.float32(1) - np.float32(0.9)) * gradients
-    v = (np.float32(1) - np.float32(0.95)) * gradients * gradients
+    v = (np.float32(1) - np.float32(0.95)) * (gradients * gradients)
     stored = [m, v] if dtype == "fp32" else [m, v, model.get()]  # a rate of 0 left the weights as they were
     return [array.astype("<f4").tobytes() for array in stored]
 

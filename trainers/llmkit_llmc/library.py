@@ -117,7 +117,7 @@ class Model:
         *,
         dtype: str = "fp32",
         threads: int = 0,
-        recompute: int = 1,
+        recompute: int = 2,
         master: bool = True,
         rank: int = 0,
         ranks: int = 1,

@@ -23,7 +23,7 @@ class LlmcConfig(TrainConfig):
         None, "CPU threads of each process. [default: all, shared by the processes]", minimum=1
     )
     nproc: int = option(1, "Processes, over MPI: data parallel, optimiser state shared out (ZeRO-1).", minimum=1)
-    recompute: int = option(1, "In the backward: 0 nothing, 1 GELU, 2 GELU and LayerNorm.", minimum=0, maximum=2)
+    recompute: int = option(2, "In the backward: 0 nothing, 1 GELU, 2 GELU and LayerNorm.", minimum=0, maximum=2)
     master_weights: bool = option(True, "With bf16: keep fp32 weights for the optimiser.")
     skip_loss: float = option(
         0.0, "Skip an update whose loss is this many deviations above the last 128; 0 never.", minimum=0

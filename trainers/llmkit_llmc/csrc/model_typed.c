@@ -45,21 +45,27 @@ static size_t acts_layout(Acts *a, const llmc_model *model, int64_t B, int64_t T
 #define FLOATS(n) carve(&at, (size_t)(n) * sizeof(float))
     a->x = REALS((kept + 1) * N * C);
     a->mid = REALS(kept * N * C);
-    a->ln1 = REALS((a->ln_stride ? L : 1) * N * C);
-    a->ln2 = REALS((a->ln_stride ? L : 1) * N * C);
     a->qkv = REALS(kept * N * 3 * C);
     a->att = REALS(kept * N * C);
     a->fch = REALS(kept * N * 4 * C);
-    a->gelu = REALS((a->gelu_stride ? L : 1) * N * 4 * C);
+    if (a->ln_stride) a->ln1 = REALS(L * N * C), a->ln2 = REALS(L * N * C);
+    if (a->gelu_stride) a->gelu = REALS(L * N * 4 * C);
     a->lnf = REALS(N * C);
     a->lse = FLOATS(kept * N * c->heads);
     a->mean = FLOATS((2 * L + 1) * N);
     a->rstd = FLOATS((2 * L + 1) * N);
     a->losses = FLOATS(N);
-    a->logits = FLOATS(a->chunk * (classifier_row(c->vocab) + C));
-    a->dx = REALS(training ? N * C : 0);
     a->dc = REALS(training ? N * C : 0);
+    // The logits live between the forward and the backward of the layers, and share memory with what lives only in those.
+    size_t shared = at.used;
+    a->logits = FLOATS(a->chunk * (classifier_row(c->vocab) + C));
+    size_t end = at.used;
+    at.used = shared;
+    if (!a->ln_stride) a->ln1 = REALS(N * C), a->ln2 = REALS(N * C);
+    if (!a->gelu_stride) a->gelu = REALS(N * 4 * C);
+    a->dx = REALS(training ? N * C : 0);
     a->d4 = REALS(training ? N * 4 * C : 0);
+    if (at.used < end) at.used = end;
     return at.used;
 }
 
