@@ -237,10 +237,8 @@ def test_eval_and_generate_run_the_checkpoint(tmp_path: Path, run_cli: Callable[
     given = {**TINY, "steps": 2, "checkpoint_every": 0, "val_every": 0}
     options = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     run_cli("train", "--backend", "speedrun", "--data", data.path, "--out", tmp_path / "run", "--json", *options)
-    text = tmp_path / "text.txt"
-    text.write_text("2 and 3 make 5; 2 times 3 make 6.\n" * 4)
-    done = run_cli("eval", tmp_path / "run", "--tasks", "bpb", "--data-dir", text, "--json")
-    assert 0 < json.loads(done.stdout)["results"]["bpb"]["bits_per_byte"] < 10
+    done = run_cli("eval", tmp_path / "run", "--tasks", "bpb", "--limit", 2, "--json")  # on the run's validation split
+    assert 0 < json.loads(done.stdout)["results"]["bpb"]["bpb"] < 10
     done = run_cli("generate", tmp_path / "run", "--prompt", "2 and", "--max-tokens", 5, "--greedy")
     assert done.stdout
 

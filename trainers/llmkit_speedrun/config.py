@@ -128,12 +128,11 @@ def resolve(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | No
     from llmkit import recipe
 
     check(config)
-    _ = config.switched_off
-    given = config
+    _ = config.switched_off  # checks the names
     if start is not None:
         config = _take_shape(config, data, start)
     values = {"warmup_steps": 0, **PRESETS[config.preset]}
-    if config.size is not None or start is not None:  # they say it
+    if config.size is not None or start is not None:  # they give the shape
         values = {name: value for name, value in values.items() if name not in ("depth", "width", "heads")}
     config = dataclasses.replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
     config = recipe.resolve(config, data, None)
@@ -152,7 +151,6 @@ def resolve(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | No
             f"--batch-schedule needs 3 micro-batches in a step, and --total-batch-tokens {config.total_batch_tokens} "
             f"has {micro_batches}: lower --batch-size or --sequence-length"
         )
-    assert given.from_checkpoint == config.from_checkpoint
     return config
 
 
