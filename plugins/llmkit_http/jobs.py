@@ -174,7 +174,7 @@ class Job:
         """Pieces as they come, in lists of those that came meanwhile. Raises APIError. Leaving it early cancels."""
         self._streaming = True
         try:
-            while self._open or self._pieces:
+            while self._open or self._pieces or self._error:
                 if not self._pieces:
                     await self._wait()
                 pieces, self._pieces = self._pieces, []
@@ -184,11 +184,11 @@ class Job:
             self.cancel()
 
     async def _wait(self) -> None:
-        """Until there are pieces, when streaming; until all are there, else."""
+        """Until there are pieces, when streaming; until all are there, else. Raises what failed after them."""
         while self._error is None and self._open and not (self._streaming and self._pieces):
             self._news.clear()
             await self._news.wait()
-        if self._error is not None:
+        if self._error is not None and not (self._streaming and self._pieces):
             raise self._error
 
     def cancel(self) -> None:

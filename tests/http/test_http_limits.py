@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -223,22 +224,27 @@ def test_a_failing_engine_is_a_503_and_not_ready(small, monkeypatch):
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=SECONDS).status_code == 503
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_an_event(small, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Once"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Once"}]}),
+        ("/v1/responses", {"input": "Once"}),
+    ],
+)
+def test_a_failure_in_the_middle_of_a_stream_is_an_event(test_data, monkeypatch, path, body):
     from llmkit_engine.scheduler import Scheduler
 
-    step = Scheduler.step
-    steps = []
+    step, steps = Scheduler.step, itertools.count()
 
     def failing(self):
-        steps.append(1)
-        if len(steps) > 4:
+        if next(steps) > 6:
             raise MemoryError("no more")
         step(self)
 
-    with serving(small) as url:
+    with serving({"stories": stories(test_data)}) as url:
         monkeypatch.setattr(Scheduler, "step", failing)
-        for path, body in (("/v1/completions", {"prompt": "Hi", "ignore_eos": True, "max_tokens": 30}),):
-            text = httpx.post(url + path, json={**body, "stream": True}, timeout=SECONDS).text
-            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-            assert set(events[-1]["error"]) == {"message", "type", "param", "code"}
-            assert "choices" in events[0] and "[DONE]" not in text
+        text = httpx.post(url + path, json={**body, "stream": True}, timeout=SECONDS).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert set(events[-1]["error"]) == {"message", "type", "param", "code"}
+        assert len(events) > 4 and "error" not in events[2] and "[DONE]" not in text
