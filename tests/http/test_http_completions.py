@@ -76,10 +76,10 @@ def test_a_stream_gives_what_the_whole_answer_has(stories_client, options):
     assert text == [choice.text for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage == whole.usage
-    for choice, parts in zip(whole.choices, logprobs):
+    for choice, collected in zip(whole.choices, logprobs):
         if whole_ones := choice.logprobs:
             expected = (whole_ones.tokens, whole_ones.token_logprobs, whole_ones.top_logprobs, whole_ones.text_offset)
-            assert parts == expected
+            assert collected == expected
 
 
 def test_samples_have_the_seeds_that_follow(stories_client):
