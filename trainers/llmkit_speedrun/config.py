@@ -1,4 +1,4 @@
-"""Options of the trainer `speedrun`: presets, what follows from them, and the schedules. No PyTorch in here."""
+"""Options of the trainer `speedrun`: presets, what follows from them, schedules. Importing it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.component import nearest
 from llmkit.options import check, option
-from llmkit.recipe import learning_rate_at
 from llmkit.trainer import SCHEDULES, TrainConfig
 
 if TYPE_CHECKING:
@@ -216,6 +215,8 @@ def model_options(config: SpeedrunTrainConfig, vocab: int, eot_id: int | None) -
 
 def rate_factor_at(step: int, config: SpeedrunTrainConfig) -> float:
     """What every learning rate is multiplied by in step number `step`, counted from 0."""
+    from llmkit.recipe import learning_rate_at
+
     assert config.steps and config.warmup_steps is not None and config.warmdown_fraction is not None
     if config.schedule != "warmdown" or step < config.warmup_steps:
         schedule = "constant" if config.schedule == "warmdown" else config.schedule
