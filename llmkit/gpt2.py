@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from llmkit.checkpoint import Checkpoint
 
-Array = npt.NDArray[Any]
+    Array = npt.NDArray[Any]
 
 VOCAB_MULTIPLE = 128  # llm.c pads the vocabulary so that the classifier's tiles are whole
 
@@ -223,6 +222,8 @@ def hf_weights(checkpoint: Checkpoint) -> tuple[GPT2Config, dict[str, Array]]:
 
 def to_llmc(weights: Mapping[str, Array], config: GPT2Config) -> dict[str, Array]:
     """Hugging Face weights -> llm.c's 16 arrays (L first where layered), the vocabulary padded with zero rows."""
+    import numpy as np
+
     arrays: dict[str, Array] = {}
     for parameter in PARAMETERS:
         layers = [np.asarray(weights[parameter.hf.format(i)]) for i in range(config.depth if parameter.layered else 1)]
@@ -236,6 +237,8 @@ def to_llmc(weights: Mapping[str, Array], config: GPT2Config) -> dict[str, Array
 
 def from_llmc(arrays: Mapping[str, Array], config: GPT2Config) -> dict[str, Array]:
     """llm.c's 16 arrays -> Hugging Face weights, the padding of the vocabulary dropped."""
+    import numpy as np
+
     weights: dict[str, Array] = {}
     for parameter in PARAMETERS:
         array = arrays[parameter.name]

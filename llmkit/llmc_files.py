@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from llmkit.gpt2 import PARAMETERS, Array, GPT2Config, parameter_shape
+from llmkit.gpt2 import PARAMETERS, GPT2Config, parameter_shape
 from llmkit.weights import bf16_to_fp32, fp32_to_bf16
 
 MODEL_MAGIC = 20240326
@@ -62,7 +62,7 @@ def read_model(path: Path) -> tuple[GPT2Config, dict[str, npt.NDArray[np.float32
 
 
 def write_model(
-    path: Path, config: GPT2Config, arrays: Mapping[str, Array], *, dtype: Literal["fp32", "bf16"] = "fp32"
+    path: Path, config: GPT2Config, arrays: Mapping[str, npt.NDArray[Any]], *, dtype: Literal["fp32", "bf16"] = "fp32"
 ) -> None:
     """Write the 16 arrays (fp32, rounded to nearest even for bf16), whole or not at all."""
     head = np.zeros(256, dtype="<i4")
