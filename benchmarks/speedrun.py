@@ -4,7 +4,7 @@
 
 Every figure comes from whole runs of `llmkit train` on the same data: learning rates decay to zero in each, and only
 the last validation losses are compared, on the same tokens. "Tokens to the baseline" is the shortest of the lengths
-tried whose final loss is no higher than the baseline's. Both models have the same number of parameters (the baseline is
+tried whose final loss is no higher than the baseline's. Both models have the same number of parameters within 2% (the baseline is
 a little wider, since its head is tied). Losses do not depend on the machine's load. Seconds do, so they are measured
 side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
 
