@@ -4,13 +4,12 @@
 
 Every figure comes from whole runs of `llmkit train` on the same data: learning rates decay to zero in each, and only
 the last validation losses are compared, on the same tokens. "Tokens to the baseline" is the shortest of the lengths
-tried whose final loss is no higher than the baseline's. Both models have the same number of parameters within 2% (the baseline is
-a little wider, since its head is tied). Losses do not depend on the machine's load. Seconds do, so they are measured
-side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
+tried whose final loss is no higher than the baseline's. Both models have the same number of parameters within 2% (the
+baseline is a little wider, since its head is tied). Losses do not depend on the machine's load. Seconds do, so they are
+measured side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
 
 `--sweep` trains the baseline, and AdamW and Muon on the speedrun's architecture, with each of the learning rates in
-SWEEPS; without it the tuned ones in RATES are taken, which are those of docs/speedrun.md. Finished runs are kept under
---out and not trained again.
+SWEEPS, and takes the best; without it those in RATES are taken. Finished runs are kept under --out and not trained again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SPEEDRUN: dict[str, Any] = {"backend": "speedrun", "depth": 4, "width": 128, "he
 BASELINE: dict[str, Any] = {"backend": "torch", "depth": 4, "width": 144, "heads": 3, "schedule": "linear",
                             "final_lr_fraction": 0}  # fmt: skip
 STEPS = {"baseline": 400, "adamw": 120, "ablation": 60}
-#: tuned: the best of SWEEPS
+#: the best known; SWEEPS has not been gone through to its end
 RATES = {"baseline": 3e-3, "adamw": 8e-3, "muon": 4e-2}
 SWEEPS = {
     "baseline": (1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
