@@ -9,7 +9,7 @@ baseline is a little wider, since its head is tied). Losses do not depend on the
 measured side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
 
 `--sweep` trains the baseline, and AdamW and Muon on the speedrun's architecture, with each of the learning rates in
-SWEEPS, and takes the best; without it those in RATES are taken. Finished runs are kept under --out and not trained again.
+SWEEPS, and takes the best; without it those in RATES are taken. Finished runs are kept under --out, not trained again.
 """
 
 from __future__ import annotations
