@@ -76,7 +76,8 @@ def llmkit_side(engine: EmbeddedEngine, checkpoint: Checkpoint, data: Path) -> S
         engine.scheduler.blocks.clear()  # nothing is left of the round before
         evaluation = Evaluation(checkpoint, workload.tasks, limit=documents, num_fewshot=workload.shots, data_dir=data)
         for task in evaluation.tasks.values():
-            getattr(task, "pool", None)  # reads the data that examples come from
+            if workload.shots:
+                getattr(task, "pool", None)  # reads the data that examples come from
         started = time.perf_counter()
         for _ in evaluation.run(engine):
             pass

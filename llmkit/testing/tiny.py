@@ -23,9 +23,7 @@ TEXT = "\n".join(
 )
 
 
-def tiny_checkpoint(
-    path: Path, *, context: int = 64, seed: int = 0, scale: float = 0.4, width: int = 32
-) -> Checkpoint:
+def tiny_checkpoint(path: Path, *, context: int = 64, seed: int = 0, scale: float = 0.4, width: int = 32) -> Checkpoint:
     """Write a GPT-2 of 2 layers, 2 heads and `width` channels with random weights and the byte tokenizer.
 
     `scale` is the deviation of the matrices: far from uniform predictions, but no ties and no certainties.
