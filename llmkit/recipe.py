@@ -45,8 +45,11 @@ def model_config(config: TrainConfig, vocab: int, context: int | None = None) ->
     )
 
 
-def resolve(config: C, data: TokenData, start: Checkpoint | None) -> C:
-    """Fill in what was not given. Raises ValueError, naming the flag, for values that cannot work together."""
+def resolve(config: C, data: TokenData, start: Checkpoint | None, *, processes: int = 1) -> C:
+    """Fill in what was not given. Raises ValueError, naming the flag, for values that cannot work together.
+
+    `processes` share out the micro-batches of every step evenly.
+    """
     check(config)
     if start is not None:
         config = _take_shape(config, data, start)
@@ -60,14 +63,15 @@ def resolve(config: C, data: TokenData, start: Checkpoint | None) -> C:
     config = dataclasses.replace(config, depth=depth, width=width, heads=heads, sequence_length=length)
     model = model_config(config, data.vocab_size)
     batch_size = config.batch_size or max(1, MICRO_BATCH_TOKENS // length)
-    micro = batch_size * length
+    micro = batch_size * length * processes
     total = config.total_batch_tokens or _total_batch(model, data.splits["train"].tokens, micro, config.steps)
     if total % micro:
         below = total // micro * micro
         nearest = f"{below} or {below + micro}" if below else str(micro)
         raise ValueError(
             f"--total-batch-tokens {total} does not divide into micro-batches of {batch_size} sequences of {length} "
-            f"tokens ({micro}): use {nearest}, or another --batch-size"
+            f"tokens{f' in each of {processes} processes' if processes > 1 else ''} ({micro}): use {nearest}, or "
+            "another --batch-size"
         )
     steps = config.steps or max(1, round(_token_budget(model, data.splits["train"].tokens) / total))
     warmup = min(700, steps // 20) if config.warmup_steps is None else config.warmup_steps

@@ -212,10 +212,14 @@ class TrainJob:
 class Trainer(Component, ABC):
     """A training backend.
 
-    `Config` is a frozen dataclass derived from TrainConfig; its fields become flags of `llmkit train`.
+    `Config` is a frozen dataclass derived from TrainConfig; its fields become flags of `llmkit train`. Those named by
+    `resumable` may change when a run is resumed. `torchrun`: it can be one of several processes that torchrun started.
+    Then all of them train, and the core shows and records the events of process 0 only, which saves.
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
+    resumable: ClassVar[frozenset[str]] = frozenset()
+    torchrun: ClassVar[bool] = False
 
     @classmethod
     def resolve(cls, config: Any, data: TokenData, start: Checkpoint | None) -> Any:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,12 +23,15 @@ from llmkit.checkpoint import Checkpoint, remember_run
 from llmkit.component import require
 from llmkit.data.tokens import TokenData, ValidationBatches
 from llmkit.run import Run
+from llmkit.torchrun import Torchrun
 from llmkit.trainer import Evaluation, Event, Finished, Save, Saved, Started, Step, Trainer, TrainJob, Validation
 from llmkit.trainer import Sample as SampleEvent
 from llmkit.weights import Array
 
 #: options that may differ when a run is resumed: they change neither the model nor the order of the data
 RESUMABLE = {"steps", "val_every", "sample_every", "sample_tokens", "checkpoint_every", "keep_last", "keep_every"}
+
+ECHO_SECONDS = 2.0  # within which a repeated signal under torchrun is the same one
 
 
 class Diverged(ValueError):
@@ -72,6 +75,12 @@ class Plan:
     resume: bool
     run: Run
 
+    @property
+    def follower(self) -> bool:
+        """Is this one of torchrun's processes, but not the one that shows and records the run?"""
+        started = Torchrun.from_environment()
+        return started is not None and started.rank > 0
+
     @functools.cached_property
     def validation(self) -> ValidationBatches:
         """The batches of every validation."""
@@ -109,12 +118,22 @@ def plan(
         raise ValueError(f"{out} holds a training run already: continue it with --resume, or choose another --out")
     if data is None:
         raise ValueError("--data is missing: name a folder made by llmkit data prepare")
-    require(trainer.requires, f"trainer {trainer.name!r}")
+    _check_can_run(trainer)
     config = trainer.Config(**given)
     opened = TokenData(data)
     start = Checkpoint.open(config.from_checkpoint) if config.from_checkpoint else None
     config = trainer.resolve(config, opened, start)
     return Plan(trainer, config, opened, start, False, run)
+
+
+def _check_can_run(trainer: type[Trainer]) -> None:
+    require(trainer.requires, f"trainer {trainer.name!r}")
+    started = Torchrun.from_environment()
+    if started and not trainer.torchrun:
+        raise ValueError(
+            f"--backend {trainer.name} cannot be one of the {started.world} processes that torchrun starts: start it "
+            "without torchrun"
+        )
 
 
 def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, Any], data: Path | None) -> Plan:
@@ -126,19 +145,19 @@ def _plan_resume(run: Run, trainer: type[Trainer] | None, given: Mapping[str, An
             f"{run.path} was trained by --backend {saved['backend']} and cannot resume with {trainer.name}"
         )
     trainer = trainer or get_plugins().trainer(saved["backend"])
-    require(trainer.requires, f"trainer {trainer.name!r}")
+    _check_can_run(trainer)
     start = Checkpoint.open(run.path)
     if start.trainer_state is None:
         raise ValueError(f"{start.path} has no trainer_state to resume from; begin a new run with --from {start.path}")
     fields = {field.name for field in dataclasses.fields(trainer.Config)}
     config = trainer.Config(**{name: value for name, value in saved["config"].items() if name in fields})
     for name, value in given.items():
-        if name not in RESUMABLE and getattr(config, name) != value:
+        if name not in RESUMABLE | trainer.resumable and getattr(config, name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} was {getattr(config, name)} when the run began and cannot become {value}: leave it out"
             )
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if name in RESUMABLE})
+    config = dataclasses.replace(config, **given)
     opened = TokenData(data or saved["data"]["path"])
     if opened.fingerprint != saved["data"]["fingerprint"]:
         raise ValueError(f"the data in {opened.path} are not those that {run.path} was trained on")
@@ -149,17 +168,21 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
     """Run a plan to its end, calling `show` for every event.
 
     Raises Diverged when the loss turns NaN, Interrupted after Ctrl-C or SIGTERM (state saved), and what the trainer
-    raises.
+    raises. As a follower it shows and records nothing, and the summary stays empty.
     """
+    _ = plan.validation  # too little data shows before anything is written
+    if plan.follower:
+        return _follow(plan)
     plan.run.acquire()
     with contextlib.closing(plan.run), _stop_on_signal() as stop:
         recorder = _Recorder(plan, show)
         plan.run.begin(recorder.description, step=recorder.first_step)
         finished = None
-        for event in plan.trainer().train(plan.job(recorder.save, stop)):
-            recorder.handle(event)
-            if isinstance(event, Finished):
-                finished = event
+        with _closing(plan.trainer().train(plan.job(recorder.save, stop))) as events:
+            for event in events:
+                recorder.handle(event)
+                if isinstance(event, Finished):
+                    finished = event
         if finished is None:
             raise RuntimeError(f"trainer {plan.trainer.name!r} ended without a Finished event")
         if finished.interrupted:
@@ -168,6 +191,29 @@ def train(plan: Plan, show: Callable[[Progress], None]) -> Summary:
                 advice = f"continue with: llmkit train --resume --out {plan.run.path}"
             raise Interrupted(f"stopped after step {finished.step}; {advice}")
         return recorder.summary
+
+
+def _follow(plan: Plan) -> Summary:
+    """Take part in a run that another process records. Raises Interrupted as that one does."""
+
+    def refuse(step: int, **kwargs: Any) -> Saved:
+        raise RuntimeError(f"trainer {plan.trainer.name!r} saves in another process than the first")
+
+    with _stop_on_signal(says=False) as stop, _closing(plan.trainer().train(plan.job(refuse, stop))) as events:
+        for event in events:
+            if isinstance(event, Finished) and event.interrupted:
+                raise Interrupted(f"stopped after step {event.step}")
+    return Summary(run=str(plan.run.path))
+
+
+@contextlib.contextmanager
+def _closing(events: Iterator[Event]) -> Iterator[Iterator[Event]]:
+    """End a generator at once when its events are no longer wanted, so that it lets go of what it has started."""
+    try:
+        yield events
+    finally:
+        if isinstance(events, Generator):
+            events.close()
 
 
 class _Recorder:
@@ -291,19 +337,29 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once."""
+def _stop_on_signal(*, says: bool = True) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once.
+
+    torchrun passes on what the terminal has told its processes already: a second signal on the heels of the first is
+    the same one there.
+    """
     stop = threading.Event()
+    first = 0.0
+    echo_seconds = ECHO_SECONDS if Torchrun.from_environment() else 0.0
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal first
         if stop.is_set():
+            if time.monotonic() - first < echo_seconds:
+                return
             raise KeyboardInterrupt
+        first = time.monotonic()
         stop.set()
-        # os.write, since a signal may come in the middle of a print
-        os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
+        if says:  # os.write, since a signal may come in the middle of a print
+            os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

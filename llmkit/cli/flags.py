@@ -45,6 +45,19 @@ def given(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
+def value_of(flag: str, args: list[str]) -> str | None:
+    """What a flag is given in arguments that have not been parsed; the last one counts."""
+    value = None
+    for index, arg in enumerate(args):
+        if arg == "--":
+            break
+        if arg == flag and index + 1 < len(args):
+            value = args[index + 1]
+        if arg.startswith(flag + "="):
+            value = arg.split("=", 1)[1]
+    return value
+
+
 class ComponentCommand(click.Command):
     """A command whose further flags come from the component that one of its flags names.
 
@@ -57,19 +70,12 @@ class ComponentCommand(click.Command):
         self.selector, self.options_of = selector, options_of
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["component"] = self._selected(args)
+        ctx.meta["component"] = self.selected(args)
         return super().parse_args(ctx, args)
 
-    def _selected(self, args: list[str]) -> str | None:
-        selected = None
-        for index, arg in enumerate(args):
-            if arg == "--":
-                break
-            if arg == self.selector and index + 1 < len(args):
-                selected = args[index + 1]  # the last one counts, as for any flag
-            if arg.startswith(self.selector + "="):
-                selected = arg.split("=", 1)[1]
-        return selected
+    def selected(self, args: list[str]) -> str | None:
+        """The component that the arguments name."""
+        return value_of(self.selector, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if "component_flags" not in ctx.meta:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmkit.cli.flags import ComponentCommand, given
+from llmkit.cli.flags import ComponentCommand, given, value_of
 from llmkit.cli.ui import emit, json_option, note, progress
+from llmkit.torchrun import Torchrun
 from llmkit.trainer import Evaluation, Finished, Note, Sample, Saved, Started, Step, TrainConfig, Validation
 
 if TYPE_CHECKING:
@@ -26,7 +28,16 @@ def _config_of(backend: str | None) -> type[TrainConfig]:
 
 
 class TrainCommand(ComponentCommand):
-    """Says in its help which backends there are."""
+    """Says in its help which backends there are; a run that is resumed knows its own."""
+
+    def selected(self, args: list[str]) -> str | None:
+        named, out = super().selected(args), value_of("--out", args)
+        if named or "--resume" not in args or out is None:
+            return named
+        from llmkit.run import Run
+
+        run = Run(Path(out))
+        return str(run.config()["backend"]) if run.exists else None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from llmkit.plugins import get_plugins
@@ -54,7 +65,7 @@ def command(
     from llmkit.plugins import get_plugins
     from llmkit.training import Interrupted, plan
 
-    options = given(_config_of(backend), values)
+    options = given(_config_of(click.get_current_context().meta["component"]), values)
     if resume and out is None:
         raise click.UsageError("--resume needs --out: the run to continue")
     if data is None and not resume:
@@ -62,6 +73,9 @@ def command(
     name = backend or (None if resume else default_backend())
     out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S") + f"-{name}")
     planned = plan(get_plugins().trainer(name) if name else None, options, data=data, out=out, resume=resume)
+    if planned.follower:
+        _follow(planned)
+        return
     try:
         summary = train_with_progress(planned, samples=not as_json)
     except Interrupted as stopped:
@@ -74,12 +88,25 @@ def command(
         print(f"next: llmkit generate {out} --prompt 'Once upon a time'    llmkit eval {out} --tasks bpb")
 
 
+def _follow(planned: Plan) -> None:
+    """Train silently: another of torchrun's processes says all there is to say."""
+    from llmkit.training import Interrupted, train
+
+    try:
+        train(planned, lambda progress: None)
+    except Interrupted:
+        sys.exit(130)
+
+
 def default_backend() -> str:
-    """`torch` where it has a GPU, else `llmc`, else `torch`; a ValueError, saying what to install, if none works."""
+    """`torch` where it has a GPU or under torchrun, else `llmc`, else `torch`.
+
+    Raises ValueError, saying what to install, if none works.
+    """
     from llmkit.plugins import get_plugins
 
     reasons = []
-    for name in ("torch", "llmc") if _torch_has_gpu() else ("llmc", "torch"):
+    for name in ("torch", "llmc") if Torchrun.from_environment() or _torch_has_gpu() else ("llmc", "torch"):
         if name not in get_plugins().names("trainer"):
             continue
         reason = get_plugins().trainer(name).unavailable()
@@ -92,7 +119,6 @@ def default_backend() -> str:
 def _torch_has_gpu() -> bool:
     """Imports PyTorch, which takes a second, only where a driver says that there may be a GPU."""
     import shutil
-    import sys
 
     from llmkit.component import missing_modules
 

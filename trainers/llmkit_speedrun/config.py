@@ -111,7 +111,11 @@ class SpeedrunTrainConfig(TrainConfig):
     without: str = option("", f"Architecture without these features, for ablations: {', '.join(FEATURES)}.")
     compile: bool = option(False, "Compile the model with torch.compile: slow to start, faster steps.")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. [default: the best there is]")
-    threads: int | None = option(None, "CPU threads. [default: PyTorch's]", minimum=1)
+    threads: int | None = option(
+        None, "CPU threads of each process. [default: PyTorch's, shared by the processes]", minimum=1
+    )
+    nproc: int = option(1, "Processes on this machine, one for each GPU: data parallel, optimisers' state and "
+                           "Newton-Schulz shared out.", minimum=1)  # fmt: skip
 
     @property
     def switched_off(self) -> frozenset[str]:
@@ -122,7 +126,9 @@ class SpeedrunTrainConfig(TrainConfig):
         return names
 
 
-def resolve(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | None) -> SpeedrunTrainConfig:
+def resolve(
+    config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | None, *, processes: int = 1
+) -> SpeedrunTrainConfig:
     """Fill in what was not given, the device's part apart. Raises ValueError, naming the flag, for what cannot work."""
     from llmkit import recipe
 
@@ -134,7 +140,7 @@ def resolve(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | No
     if config.size is not None or start is not None:  # they give the shape
         values = {name: value for name, value in values.items() if name not in ("depth", "width", "heads")}
     config = dataclasses.replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
-    config = recipe.resolve(config, data, None)
+    config = recipe.resolve(config, data, None, processes=processes)
     assert config.width and config.heads and config.sequence_length and config.total_batch_tokens and config.batch_size
     if config.width // config.heads % 2:
         raise ValueError(f"--heads {config.heads} of {config.width} channels have an odd size, and rotary needs pairs")
@@ -150,6 +156,13 @@ def resolve(config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | No
             f"--batch-schedule needs 3 micro-batches in a step, and --total-batch-tokens {config.total_batch_tokens} "
             f"has {micro_batches}: lower --batch-size or --sequence-length"
         )
+    assert config.steps
+    for count in sorted({micro_batches_at(step, config) for step in range(config.steps)}):
+        if count % processes:
+            raise ValueError(
+                f"--batch-schedule has steps of {count} micro-batches, which do not divide into {processes} processes: "
+                "lower --batch-size or --sequence-length, or choose another --nproc"
+            )
     return config
 
 

@@ -63,6 +63,8 @@ class Muon(torch.optim.Optimizer):
     State of a matrix: `momentum` in its own dtype and, for NorMuon, `second_moment` (rows, 1).
     """
 
+    whole_matrices = True  # several processes may share out its matrices, but not parts of one
+
     def __init__(
         self,
         params: Iterable[Tensor],

@@ -20,31 +20,31 @@ ROW_WITHOUT_FLEX = 1024  # where a dense mask has to do, streams are cut into ro
 
 
 class SpeedrunTrainer(Trainer):
-    """The 5-minute architecture of the NanoGPT speedrun with Muon, on a CPU or one GPU."""
+    """The 5-minute architecture of the NanoGPT speedrun with Muon, on CPUs or GPUs."""
 
     name = "speedrun"
     requires = ("torch", "transformers")
     Config = SpeedrunTrainConfig
+    resumable = frozenset({"nproc", "device", "threads"})
+    torchrun = True
 
     @classmethod
     def resolve(cls, config: SpeedrunTrainConfig, data: TokenData, start: Checkpoint | None) -> SpeedrunTrainConfig:
         from llmkit_torch.hardware import has_fast_bf16, pick_device
+        from llmkit_torch.trainer import process_count
 
         device = pick_device(config.device)
         if config.preset == "record-2024-11":
             config = dataclasses.replace(config, **_record_rows(config, device))
-        config = resolve(config, data, start)
+        config = resolve(config, data, start, processes=process_count(config.nproc))
         natural = "bf16" if has_fast_bf16(device) else "fp32"
         return dataclasses.replace(config, dtype=config.dtype or natural, ns_dtype=config.ns_dtype or natural)
 
     def train(self, job: TrainJob) -> Iterator[Event]:
-        import torch
-
         from llmkit_speedrun.training import SpeedrunTraining
+        from llmkit_torch.launch import run
 
-        if job.config.threads:
-            torch.set_num_threads(job.config.threads)
-        return SpeedrunTraining(job).run()
+        return run(job, SpeedrunTraining)
 
 
 def _record_rows(config: SpeedrunTrainConfig, device: torch.device) -> dict[str, Any]:

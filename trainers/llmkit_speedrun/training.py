@@ -109,8 +109,9 @@ class SpeedrunTraining(TrainingLoop):
                     group["momentum"] = momentum_at(self.step, self.config)
         return factor * self.config.learning_rate
 
-    def micro_batches(self) -> int:
-        return micro_batches_at(self.step, self.config)
+    @classmethod
+    def micro_batches_at(cls, step: int, config: Any) -> int:
+        return micro_batches_at(step, config)
 
     # --- the loss
 

@@ -5,6 +5,7 @@ A trainer says what its model, optimisers, loss and schedules are.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from abc import ABC, abstractmethod
@@ -17,25 +18,37 @@ from torch import Tensor, nn
 
 from llmkit.checkpoint import Checkpoint
 from llmkit.files import write_json
-from llmkit.trainer import Event, Finished, Sample, Started, Step, TrainJob, Validation, due
+from llmkit.trainer import Event, Finished, Sample, Saved, Started, Step, TrainJob, Validation, due
 from llmkit.weights import Array
-from llmkit_torch.hardware import describe, peak_flops, pick_device
+from llmkit_torch.hardware import describe, peak_flops
+from llmkit_torch.processes import ALONE, Processes, own_device
+from llmkit_torch.update import ShardedUpdate, Update
 
 
 class TrainingLoop(ABC):
     """One run: model, optimisers, data and where they stand.
 
+    Where several processes train together, each runs this loop: every step shares out the same batch, and what the
+    others have to know goes through `processes`. Events and checkpoints of process 0 are those of the run.
+
     Attributes:
         step: optimiser steps that are done.
+        fully_sharded: FSDP has shared out the model, so that all processes must take part in every forward pass.
     """
 
-    def __init__(self, job: TrainJob) -> None:
-        self.job, self.config = job, job.config
-        self.device = pick_device(self.config.device)
+    def __init__(self, job: TrainJob, processes: Processes = ALONE) -> None:
+        self.job, self.config, self.processes = job, job.config, processes
+        self.device = own_device(self.config.device, processes)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16")
-        self.model = self.make_model().to(self.device)
+        self.fully_sharded: bool = getattr(self.config, "fsdp", False)
+        self.model = self.place(self.make_model())
         self.optimisers = self.make_optimisers()
-        self.batches = job.batches()
+        self.update = (
+            Update(self.model, self.optimisers)
+            if processes.count == 1 or self.fully_sharded
+            else ShardedUpdate(self.model, self.optimisers, processes)
+        )
+        self.batches = job.batches(rank=processes.rank, world=processes.count)
         self.step = 0
         if job.resume and job.start is not None:
             self._restore(job.start)
@@ -74,10 +87,14 @@ class TrainingLoop(ABC):
     def to_hf(self) -> tuple[Mapping[str, Any], Mapping[str, Array]]:
         """config.json, and fp32 weights under Hugging Face's names."""
 
-    def micro_batches(self) -> int:
-        """Micro-batches that this step accumulates."""
-        c = self.config
-        count: int = c.total_batch_tokens // (c.batch_size * c.sequence_length)
+    def place(self, model: nn.Module) -> Any:
+        """The model on this process's device."""
+        return model.to(self.device)
+
+    @classmethod
+    def micro_batches_at(cls, step: int, config: Any) -> int:
+        """Micro-batches that step number `step` accumulates, all processes together."""
+        count: int = config.total_batch_tokens // (config.batch_size * config.sequence_length)
         return count
 
     # --- the loop
@@ -91,13 +108,14 @@ class TrainingLoop(ABC):
                 yield Validation(self.step, last_val)
             if self.step > first and c.sample_every and due(self.step, c.sample_every, c.steps):
                 self.model.eval()
-                yield Sample(self.step, self.sample())
+                text = self.sample() if self.processes.rank == 0 or self.fully_sharded else ""
+                yield Sample(self.step, text)
             saved = self.step > first and due(self.step, c.checkpoint_every, c.steps)
             if saved:
                 yield self._save(last_val)
             if self.step >= c.steps:
                 break
-            if self.job.stop.is_set():
+            if self.processes.any(self.job.stop.is_set()):
                 if self.step > first and not saved:
                     yield self._save(last_val)
                 yield Finished(self.step, interrupted=True)
@@ -108,20 +126,17 @@ class TrainingLoop(ABC):
     def train_step(self) -> Step:
         """Accumulate gradients, clip, update."""
         began = time.perf_counter()
-        c, micro_batches = self.config, self.micro_batches()
+        c, micro_batches = self.config, self.micro_batches_at(self.step, self.config)
         rate = self.set_rates()
-        loss = self._accumulate(micro_batches)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or float("inf"))
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        loss = self.processes.mean(self._accumulate(micro_batches // self.processes.count))
+        norm = self.update.step(c.grad_clip)
         self.step += 1
         values = float(loss), float(norm)  # waits for the device, so that the time is the step's
         tokens = micro_batches * c.batch_size * c.sequence_length
         return Step(self.step - 1, values[0], rate, values[1], tokens, time.perf_counter() - began)
 
     def _accumulate(self, micro_batches: int) -> Tensor:
-        """Leave the mean gradient over the micro-batches in the parameters; their mean loss in nats per token."""
+        """Leave the mean gradient over so many micro-batches in the parameters; their mean loss in nats per token."""
         self.model.train()
         total = torch.zeros((), device=self.device)
         for _ in range(micro_batches):
@@ -133,13 +148,19 @@ class TrainingLoop(ABC):
         return total
 
     def validate(self) -> float:
-        """Mean loss in nats per token over the job's validation batches."""
+        """Mean loss in nats per token over the job's validation batches; the processes take turns at them."""
         self.model.eval()
-        total = 0.0
-        with torch.inference_mode(), self.autocast:
-            for batch in self.job.validation:
-                total += float(self.validation_loss(*self._to_device(batch)))
-        return total / len(self.job.validation)
+        rank, count, batches = self.processes.rank, self.processes.count, len(self.job.validation)
+        total, last = 0.0, batches - 1
+        # FSDP keeps what it gathers into, and could not train with what was made in inference mode.
+        with torch.no_grad() if self.fully_sharded else torch.inference_mode(), self.autocast:
+            for index, batch in enumerate(self.job.validation):
+                # Where all must run the model together, those without a batch in the last round join with its last one.
+                joins = self.fully_sharded and index == last and rank > last % count
+                if index % count == rank or joins:
+                    loss = float(self.validation_loss(*self._to_device(batch)))
+                    total += 0.0 if joins else loss
+        return float(self.processes.sum(torch.tensor(total, dtype=torch.float64))) / batches
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
@@ -148,67 +169,44 @@ class TrainingLoop(ABC):
     def _started(self) -> Started:
         parameters, flops = self.parameters_and_flops()
         dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
+        peak, device, count = (
+            peak_flops(self.device, dtype),
+            describe(self.device, self.config.dtype),
+            self.processes.count,
+        )
         return Started(
             step=self.step,
             parameters=parameters,
             flops_per_token=flops,
-            peak_flops=peak_flops(self.device, dtype),
-            device=describe(self.device, self.config.dtype),
+            peak_flops=peak and peak * count,
+            device=f"{count} x {device}" if count > 1 else device,
         )
 
     # --- saving and resuming
 
     def _save(self, val_loss: float | None) -> Event:
-        config, weights = self.to_hf()
-        return self.job.save(
-            self.step, config=config, weights=weights, write_state=self._write_state, val_loss=val_loss
-        )
+        config, weights = self.to_hf() if self.processes.rank == 0 or self.fully_sharded else ({}, {})
+        state = self.update.state()
+        if self.processes.rank:
+            return Saved(self.step, self.job.out)  # process 0 knows where
+        write_state = functools.partial(self._write_state, state=state)
+        return self.job.save(self.step, config=config, weights=weights, write_state=write_state, val_loss=val_loss)
 
-    def _write_state(self, folder: Path) -> None:
+    def _write_state(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         from safetensors.torch import save_file
 
-        tensors = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
-            for name, parameter in self.model.named_parameters()
-            for key, value in self._optimiser_of(parameter).state[parameter].items()
-        }
-        save_file(tensors, folder / "optimizer.safetensors")
+        save_file(dict(self.update.state() if state is None else state), folder / "optimizer.safetensors")
         write_json(folder / "state.json", {"step": self.step, "position": self.batches.position})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Optimiser state, step and place in the data. ValueError where the state is damaged or foreign."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
         folder = checkpoint.trainer_state
         assert folder is not None
         try:
             state = json.loads((folder / "state.json").read_text("utf-8"))
-            tensors = load_file(folder / "optimizer.safetensors")
+            self.update.load(folder / "optimizer.safetensors")
             self.step, self.batches.position = int(state["step"]), int(state["position"])
-            for name, parameter in self.model.named_parameters():
-                optimiser = self._optimiser_of(parameter)
-                optimiser.state[parameter] = {
-                    key: self._stored(tensors, f"{name}/{key}", parameter) for key in state_keys(optimiser)
-                }
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"the trainer state in {folder} is damaged or of another model: {error}") from None
-
-    def _stored(self, tensors: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        value = tensors[name]
-        counter = name.endswith("/step")
-        if not counter and value.shape[0] != parameter.shape[0] and value.shape != parameter.shape:
-            raise ValueError(f"{name} has another shape")
-        return value if counter and self.device.type == "cpu" else value.to(self.device)
-
-    def _optimiser_of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        for optimiser in self.optimisers:
-            if any(parameter is p for group in optimiser.param_groups for p in group["params"]):
-                return optimiser
-        raise AssertionError("a parameter that no optimiser holds")
-
-
-def state_keys(optimiser: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the tensors that an optimiser keeps for each parameter."""
-    own: tuple[str, ...] | None = getattr(optimiser, "state_keys", None)
-    return own or ("step", "exp_avg", "exp_avg_sq")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmkit.gpt2 import PARAMETERS, GPT2Config
+from llmkit_torch.update import whole
 
 
 class Attention(nn.Module):
@@ -131,10 +132,10 @@ TRANSPOSED = tuple(p.hf.split("{}")[1] for p in PARAMETERS if p.transposed)
 
 
 def to_hf(model: GPT2) -> dict[str, npt.NDArray[np.float32]]:
-    """The weights as fp32 arrays in Hugging Face's layout."""
+    """The weights as fp32 arrays in Hugging Face's layout. Where FSDP shares them out, all processes must ask."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        array = tensor.detach().float().cpu().numpy()
+        array = whole(tensor).float().cpu().numpy()
         weights[name] = np.ascontiguousarray(array.T) if name.endswith(TRANSPOSED) else array
     return weights
 

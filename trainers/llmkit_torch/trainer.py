@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmkit.options import option
+from llmkit.torchrun import Torchrun
 from llmkit.trainer import Event, TrainConfig, Trainer, TrainJob
 
 if TYPE_CHECKING:
@@ -27,33 +28,49 @@ class TorchConfig(TrainConfig):
 
     compile: bool = option(False, "Compile the model with torch.compile: slow to start, faster steps.")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. [default: the best there is]")
-    threads: int | None = option(None, "CPU threads. [default: PyTorch's]", minimum=1)
+    threads: int | None = option(
+        None, "CPU threads of each process. [default: PyTorch's, shared by the processes]", minimum=1
+    )
+    nproc: int = option(1, "Processes on this machine, one for each GPU: data parallel, optimiser state shared out "
+                           "(ZeRO-1).", minimum=1)  # fmt: skip
+    fsdp: bool = option(False, "Share out the model too (FSDP2), for one that does not fit one device.")
 
 
 class TorchTrainer(Trainer):
-    """GPT-2 in plain PyTorch: the baseline, on a CPU or one GPU."""
+    """GPT-2 in plain PyTorch: the baseline, on CPUs or GPUs."""
 
     name = "torch"
     requires = ("torch",)
     Config = TorchConfig
+    resumable = frozenset({"nproc", "fsdp", "device", "threads"})
+    torchrun = True
 
     @classmethod
     def resolve(cls, config: TorchConfig, data: TokenData, start: Checkpoint | None) -> TorchConfig:
+        from llmkit import recipe
         from llmkit_torch.hardware import has_fast_bf16, pick_device
 
-        resolved: TorchConfig = super().resolve(config, data, start)
+        processes = process_count(config.nproc)
+        if config.fsdp and processes == 1:
+            raise ValueError("--fsdp shares the model out among several processes: add --nproc, or leave it out")
+        resolved = recipe.resolve(config, data, start, processes=processes)
         device = pick_device(resolved.device)
         dtype = resolved.dtype or ("bf16" if has_fast_bf16(device) else "fp32")
         return dataclasses.replace(resolved, dtype=dtype)
 
     def train(self, job: TrainJob) -> Iterator[Event]:
-        import torch
-
+        from llmkit_torch.launch import run
         from llmkit_torch.training import GPT2Training
 
-        if job.config.threads:
-            torch.set_num_threads(job.config.threads)
-        return GPT2Training(job).run()
+        return run(job, GPT2Training)
+
+
+def process_count(nproc: int) -> int:
+    """Processes of a new run. Raises ValueError where both torchrun and `--nproc` would start them."""
+    started = Torchrun.from_environment()
+    if started and nproc > 1:
+        raise ValueError(f"--nproc {nproc} starts processes, and torchrun has started {started.world}: leave it out")
+    return started.world if started else nproc
 
 
 def make_optimiser(model: GPT2, config: TorchConfig) -> torch.optim.AdamW:

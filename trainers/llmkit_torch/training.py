@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmkit.gpt2 import hf_weights
 from llmkit.recipe import learning_rate_at, model_config
@@ -14,6 +14,7 @@ from llmkit.trainer import TrainJob
 from llmkit.weights import Array
 from llmkit_torch.loop import TrainingLoop
 from llmkit_torch.model import GPT2, load_hf, to_hf
+from llmkit_torch.processes import ALONE, Processes
 from llmkit_torch.trainer import make_optimiser
 
 
@@ -22,8 +23,8 @@ class GPT2Training(TrainingLoop):
 
     model: GPT2
 
-    def __init__(self, job: TrainJob) -> None:
-        super().__init__(job)
+    def __init__(self, job: TrainJob, processes: Processes = ALONE) -> None:
+        super().__init__(job, processes)
         self.forward: Any = torch.compile(self.model) if self.config.compile else self.model
 
     def make_model(self) -> GPT2:
@@ -34,6 +35,20 @@ class GPT2Training(TrainingLoop):
         else:
             model = GPT2(model_config(self.config, self.job.data.vocab_size))
             model.initialise(self.config.seed)
+        return model
+
+    def place(self, model: nn.Module) -> Any:
+        """On the device; with `--fsdp` every process keeps its share of each block, and gathers a block to run it."""
+        if not self.config.fsdp:
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.processes.count,))
+        assert isinstance(model, GPT2)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return model
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
