@@ -49,8 +49,7 @@ def create_app(at: Service, keys: list[str]) -> FastAPI:
         app.add_middleware(ApiKeys, keys=keys)
     else:
         app.add_middleware(LocalHost)
-    if at.options.cors_origin:
-        origins = [origin.strip() for origin in at.options.cors_origin.split(",")]
+    if origins := at.options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
         )

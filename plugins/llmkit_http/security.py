@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llmkit.server import is_loopback
 from llmkit_http.errors import APIError
-from llmkit_http.options import is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})  # they say nothing of what the server is used for
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.server import Server, ServerOptions
-from llmkit_http.options import HttpOptions, read_api_keys
+from llmkit_http.options import HttpOptions
 
 if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
@@ -31,9 +31,8 @@ class HttpServer(Server):
         stop: threading.Event,
     ) -> None:
         assert isinstance(options, HttpOptions)
-        keys = read_api_keys(options)
-        if (options.tls_cert is None) != (options.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key belong together")
+        keys = options.read_api_keys()
+        options.check_tls()
         with contextlib.closing(_listen(options.host, options.port)) as listener:
             from llmkit_http.running import run_server
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
-import os
 import socket
 import ssl
 import threading
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.options import option
-from llmkit.server import Server, ServerOptions
+from llmkit.server import HttpServerOptions, Server, ServerOptions
 from llmkit_vllm.bridge import bridge
 from llmkit_vllm.environment import ENVIRONMENT, find_python, why_unavailable
 from llmkit_vllm.model import check_model, dtype_name, one_model
@@ -27,37 +25,16 @@ if TYPE_CHECKING:
     from llmkit.checkpoint import Checkpoint
 
 MODULE = "vllm.entrypoints.openai.api_server"
-API_KEYS_VARIABLE = "LLMKIT_API_KEYS"
 POLL_SECONDS = 0.5
 HEALTH_SECONDS = 5  # that an answer may take: vLLM answers late while it is busy, and that is no failure
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMOptions(ServerOptions):
+class VLLMOptions(HttpServerOptions):
     """Flags of `llmkit serve --server vllm`. What stands behind `--` goes to vLLM as it is."""
 
     dtype: str | None = option(
         None, "Type of the weights and of arithmetic.  [default: the checkpoint's]", choices=("fp32", "bf16")
-    )
-    api_key_file: str | None = option(
-        None,
-        f"File with the API keys that are accepted, one a line; without it they are those in {API_KEYS_VARIABLE}. "
-        "Needed where --host is not this machine only.",
-        metavar="FILE",
-    )
-    cors_origin: str | None = option(
-        None, "Web pages of these origins may use the server, separated by commas; * for all.", metavar="ORIGINS"
-    )
-    tls_cert: str | None = option(None, "Certificate chain in PEM; with it the server speaks https.", metavar="FILE")
-    tls_key: str | None = option(None, "Private key of the certificate in PEM.", metavar="FILE")
-    max_queue: int = option(
-        256, "Requests that may wait or run at once; beyond it they are answered with 429.", minimum=1
-    )
-    max_body: int = option(8, "Largest body of a request in MiB.", minimum=1)
-    drain_seconds: int = option(
-        30,
-        "How long answers in progress may take to end after Ctrl-C or SIGTERM; a second one ends at once.",
-        minimum=0,
     )
     verbose: bool = option(False, "Show vLLM's log on stderr.")
     vllm_python: str | None = option(
@@ -90,8 +67,8 @@ class VLLMServer(Server):
     ) -> None:
         assert isinstance(options, VLLMOptions)
         checkpoint = one_model(checkpoints)
-        keys = read_keys(options)
-        check_tls(options)
+        keys = options.read_api_keys()
+        options.check_tls()
         python = find_python(options.vllm_python)
         check_model(checkpoint, text=True)
         with _reserved(options.host, options.port) as port, bridge(checkpoint.config) as folder:
@@ -141,7 +118,6 @@ class VLLMServer(Server):
 
 def vllm_arguments(checkpoint: Checkpoint, names: list[str], options: VLLMOptions, port: int) -> list[str]:
     """Our options in vLLM's words."""
-    origins = [origin.strip() for origin in (options.cors_origin or "").split(",") if origin.strip()]
     arguments = [
         f"--model={checkpoint.path.resolve()}",
         "--served-model-name",
@@ -149,7 +125,7 @@ def vllm_arguments(checkpoint: Checkpoint, names: list[str], options: VLLMOption
         f"--host={options.host}",
         f"--port={port}",
         f"--dtype={dtype_name(checkpoint, options.dtype)}",
-        f"--allowed-origins={json.dumps(origins)}",
+        f"--allowed-origins={json.dumps(options.cors_origins)}",
         "--middleware=llmkit_inside.middleware.Envelope",
         f"--shutdown-timeout={options.drain_seconds}",
     ]
@@ -165,47 +141,6 @@ def _write_plain_template(folder: Path) -> Path:
     path = folder / "plain.jinja"
     path.write_text(PLAIN_TEMPLATE, "utf-8")
     return path
-
-
-def read_keys(options: VLLMOptions) -> list[str]:
-    """The keys that clients may use; none where anyone on this machine may.
-
-    Raises ValueError for an empty file, and where other machines could use the server without a key.
-    """
-    if options.api_key_file is not None:
-        lines = (line.strip() for line in Path(options.api_key_file).expanduser().read_text("utf-8").splitlines())
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
-            raise ValueError(f"--api-key-file {options.api_key_file} has no key in it")
-        return keys
-    keys = os.environ.get(API_KEYS_VARIABLE, "").split()
-    if not keys and not is_loopback(options.host):
-        raise ValueError(
-            f"--host {options.host} lets other machines in, so an API key is needed: "
-            f"give --api-key-file, or put it into {API_KEYS_VARIABLE}"
-        )
-    return keys
-
-
-def check_tls(options: VLLMOptions) -> None:
-    """Raise ValueError unless certificate and key are both given, or neither; OSError where they cannot be read."""
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
-    if options.tls_cert is not None and options.tls_key is not None:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(options.tls_cert, options.tls_key)
-        except ssl.SSLError as error:
-            raise ValueError(f"--tls-cert, --tls-key: they do not fit together or are damaged ({error})") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Does the address answer this machine only?"""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

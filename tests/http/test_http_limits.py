@@ -14,8 +14,9 @@ import httpx
 import pytest
 from http_support import SECONDS, metric, serving, stories, wait_for_metric
 
+from llmkit.server import API_KEYS_VARIABLE
 from llmkit.testing.tiny import tiny_checkpoint
-from llmkit_http.options import API_KEYS_VARIABLE, HttpOptions, read_api_keys
+from llmkit_http.options import HttpOptions
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 100_000, "ignore_eos": True, "temperature": 0}
 
@@ -81,15 +82,15 @@ def test_a_key_is_needed_where_there_are_keys(small, tmp_path):
 
 def test_keys_of_the_environment(monkeypatch):
     monkeypatch.setenv(API_KEYS_VARIABLE, "one two")
-    assert read_api_keys(HttpOptions(host="0.0.0.0")) == ["one", "two"]
+    assert HttpOptions(host="0.0.0.0").read_api_keys() == ["one", "two"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
 def test_other_machines_need_a_key(monkeypatch, host):
     monkeypatch.delenv(API_KEYS_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="API key is needed"):
-        read_api_keys(HttpOptions(host=host))
-    assert read_api_keys(HttpOptions(host="::1")) == []
+        HttpOptions(host=host).read_api_keys()
+    assert HttpOptions(host="::1").read_api_keys() == []
 
 
 def test_a_server_without_keys_is_called_by_names_of_this_machine_only(tiny_url):
