@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,48 @@ def test_what_torchrun_says() -> None:
         Torchrun.from_environment({**four, "RANK": "first"})
 
 
+# --- sharing out
+
+
+@pytest.mark.parametrize("backend", TRAINERS)
+def test_every_row_has_one_process_and_the_parts_are_alike(data: TokenData, tmp_path: Path, backend: str) -> None:
+    from llmkit_speedrun.training import SpeedrunTraining
+    from llmkit_torch.training import GPT2Training
+    from llmkit_torch.update import _deal_out
+
+    trainer, own = TRAINERS[backend]
+    planned = plan(trainer, {**OPTIONS, **own, "depth": 4}, data=data.path, out=tmp_path / "run", resume=False)
+    job = planned.job(None, threading.Event())  # type: ignore[arg-type]
+    loop = (SpeedrunTraining if backend == "speedrun" else GPT2Training)(job)
+    total = sum(p.numel() for p in loop.model.parameters())
+    for count in (1, 2, 3, 5):
+        pieces, size = _deal_out(loop.model, loop.optimisers, count)
+        assert size < 1.3 * total / count
+        for name, p in loop.model.named_parameters():
+            rows = sorted(row for piece in pieces if piece.name == name for row in range(piece.first, piece.end))
+            assert rows == list(range(p.shape[0])), name
+        for rank in range(count):
+            places = sorted((piece.place.start, piece.place.stop) for piece in pieces if piece.rank == rank)
+            assert places[0][0] == 0 and all(one[1] == two[0] for one, two in pairwise(places))
+            assert places[-1][1] <= size
+    muon = [id(p) for group in loop.optimisers[-1].param_groups for p in group["params"]]
+    if backend == "speedrun":
+        matrices = [piece for piece in _deal_out(loop.model, loop.optimisers, 4)[0] if id(piece.parameter) in muon]
+        assert len(matrices) == len(muon) and {piece.rank for piece in matrices} == {0, 1, 2, 3}
+
+
 # --- ends
+
+
+def test_a_worker_that_cannot_start_is_named(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'no such library' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(
+        ValueError, match="process 1 of the 2 of this run ended with status 3: no such library; nothing"
+    ):
+        run(data, "torch", tmp_path / "run", nproc=2)
 
 
 @contextlib.contextmanager

@@ -47,16 +47,21 @@ def run(job: TrainJob, loop: type[TrainingLoop]) -> Iterator[Event]:
     else:
         if getattr(job.config, "fsdp", False):  # of a resumed run: a new one is refused
             job = dataclasses.replace(job, config=dataclasses.replace(job.config, fsdp=False))
-        set_threads(job.config.threads, ALONE)
-        yield from loop(job).run()
+        with own_threads(job.config.threads, ALONE):
+            yield from loop(job).run()
 
 
-def set_threads(threads: int | None, processes: Processes) -> None:
+@contextlib.contextmanager
+def own_threads(threads: int | None, processes: Processes) -> Iterator[None]:
     """Give this process its share of the processor, unless the user has said how much."""
-    if threads is None and processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // processes.local_count)
-    if threads:
-        torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, before // processes.local_count)
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -92,8 +97,8 @@ def _loopback() -> Iterator[None]:
 
 
 def _under_torchrun(job: TrainJob, loop: type[TrainingLoop], processes: Processes) -> Iterator[Event]:
-    set_threads(job.config.threads, processes)
-    with joined(processes, own_device(job.config.device, processes), None):
+    device = own_device(job.config.device, processes)
+    with own_threads(job.config.threads, processes), joined(processes, device, None):
         check_agreement(job)
         try:
             yield from loop(job, processes).run()
@@ -105,9 +110,9 @@ def _under_torchrun(job: TrainJob, loop: type[TrainingLoop], processes: Processe
 
 def _with_workers(job: TrainJob, loop: type[TrainingLoop], processes: Processes) -> Iterator[Event]:
     device = own_device(job.config.device, processes)
-    set_threads(job.config.threads, processes)
     store = TCPStore("127.0.0.1", 0, processes.count, is_master=True, wait_for_workers=False)
-    with Workers(job, loop, processes.count, store.port) as workers:
+    workers = Workers(job, loop, processes.count, store.port)
+    with own_threads(job.config.threads, processes), workers:
         workers.wait_for(store)
         with joined(processes, device, store), workers.watched(device):
             try:

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmkit_torch.processes import Processes
 
@@ -190,18 +189,20 @@ def state_keys(optimiser: torch.optim.Optimizer) -> tuple[str, ...]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; of one that FSDP has shared out, all of it, for which all processes must ask."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    complete: Tensor = tensor.full_tensor()
+    gather = getattr(tensor, "full_tensor", None)  # of a DTensor, whose module takes half a second to import
+    complete: Tensor = tensor if gather is None else gather()
     return complete.detach()
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """The value on the parameter's device, shared out like the parameter."""
-    if isinstance(parameter, DTensor) and value.dim():
-        mesh = parameter.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-    return value.to(parameter.device)
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None or not value.dim():
+        return value.to(parameter.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
 
 
 def _stored(file: Any, name: str, parameter: Tensor, first: int = 0, end: int | None = None) -> Tensor:

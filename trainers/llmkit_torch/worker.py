@@ -36,7 +36,7 @@ def train(described: dict[str, Any]) -> None:
     from llmkit.data.tokens import TokenData
     from llmkit.run import Run
     from llmkit.training import Plan
-    from llmkit_torch.launch import joined, set_threads
+    from llmkit_torch.launch import joined, own_threads
     from llmkit_torch.processes import Processes, own_device
     from llmkit_torch.trainer import TorchTrainer
 
@@ -49,11 +49,10 @@ def train(described: dict[str, Any]) -> None:
     rank, count = described["rank"], described["count"]
     processes = Processes(rank, count, rank, count)
     device = own_device(config.device, processes)
-    set_threads(config.threads, processes)
     loop = find(described["loop"])
     store = TCPStore("127.0.0.1", described["port"], count, is_master=False, wait_for_workers=False)
     store.set(f"there/{rank}", "")
-    with joined(processes, device, store):
+    with own_threads(config.threads, processes), joined(processes, device, store):
         for _ in loop(job, processes).run():
             pass
 
