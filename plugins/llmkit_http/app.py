@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -17,19 +15,10 @@ from llmkit_http.documents import add_documents
 from llmkit_http.limits import BodyLimit
 from llmkit_http.metrics import Metrics
 from llmkit_http.models import Model
+from llmkit_http.page import PAGE_HEADERS, STATIC
 from llmkit_http.schemas import ERRORS, Health, ModelCard, ModelList
 from llmkit_http.security import ApiKeys, LocalHost
 from llmkit_http.service import Service, service
-
-STATIC = Path(__file__).parent / "static"
-# The page asks no other host for anything, and no other page may frame it.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 router = APIRouter(responses=ERRORS)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.options import option
 from llmkit.server import HttpServerOptions, Server, ServerOptions
+from llmkit_http.page import PAGE_HEADERS, STATIC
 from llmkit_vllm.bridge import bridge
 from llmkit_vllm.environment import ENVIRONMENT, find_python, why_unavailable
 from llmkit_vllm.model import check_model, dtype_name, one_model
@@ -75,7 +76,13 @@ class VLLMServer(Server):
             arguments = vllm_arguments(checkpoint, list(checkpoints), options, port)
             if checkpoint.chat_template is None:
                 arguments.append(f"--chat-template={_write_plain_template(folder)}")
-            settings = {"api_keys": keys, "max_body": options.max_body * 2**20, "max_queue": options.max_queue}
+            settings = {
+                "api_keys": keys,
+                "max_body": options.max_body * 2**20,
+                "max_queue": options.max_queue,
+                "has_chat_template": checkpoint.chat_template is not None,
+                "page": {"folder": str(STATIC), "headers": PAGE_HEADERS},
+            }
             process = VLLMProcess(
                 python,
                 folder,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmkit_http.page import PAGE_HEADERS, STATIC
 from llmkit_vllm.inside.errors import normalise
 from llmkit_vllm.inside.middleware import Envelope
 
@@ -202,8 +203,10 @@ def test_keys(monkeypatch):
 def test_one_model(monkeypatch):
     client = Client(monkeypatch)
     status, body, _ = client.ask("GET", "/v1/models/org%2Fgpt")
-    assert (status, json.loads(body)) == (200, MODELS["data"][1])
-    assert json.loads(client.ask("GET", "/v1/models/org/gpt")[1]) == MODELS["data"][1]
+    expected = {**MODELS["data"][1], "has_chat_template": True}
+    assert (status, json.loads(body)) == (200, expected)
+    assert json.loads(client.ask("GET", "/v1/models/org/gpt")[1]) == expected
+    assert json.loads(client.ask("GET", "/v1/models")[1])["data"][1] == expected
     status, error = client.error("GET", "/v1/models/none")
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
 
@@ -225,3 +228,25 @@ def test_requests_at_once_have_a_limit(monkeypatch):
     for _ in range(3):
         assert client.error("POST", "/v1/raise", b"{}")[0] == 500
     assert client.ask("POST", "/v1/completions", b"{}")[0] == 200, "places are given back after a failure"
+
+
+def test_the_chat_page_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = {"folder": str(STATIC), "headers": PAGE_HEADERS}
+    monkeypatch.setenv("LLMKIT_INSIDE", json.dumps({"api_keys": ["secret"], "page": page}))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask(path: str) -> tuple[int, dict[bytes, bytes], bytes]:
+        sent.clear()
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        await Envelope(vllm)(scope, None, send)  # type: ignore[arg-type]
+        return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+
+    status, headers, body = asyncio.run(ask("/"))
+    assert (status, headers[b"content-type"], body) == (200, b"text/html", (STATIC / "index.html").read_bytes())
+    assert headers[b"content-security-policy"].startswith(b"default-src 'none'")
+    assert asyncio.run(ask("/app.js"))[0] == 200
+    assert asyncio.run(ask("/../page.py"))[0] == 401
+    assert asyncio.run(ask("/v1/models"))[0] == 401

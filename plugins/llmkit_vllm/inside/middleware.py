@@ -1,7 +1,8 @@
 """Envelope: ASGI middleware around vLLM's server, so that clients need not know which server they talk to.
 
 Errors come in one envelope, in streams too; keys are wanted for every path but /health; bodies and the number of
-requests at once are bounded; /v1/models/{id} exists. It is outermost, so it sees what vLLM's own handlers answered.
+requests at once are bounded; /v1/models/{id} exists, and so does the chat page at /. It is outermost, so it sees what
+vLLM's own handlers answered.
 Configured by $LLMKIT_INSIDE.
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import mimetypes
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -48,6 +51,8 @@ class Envelope:
         self.keys = [key.encode() for key in settings.get("api_keys", [])]
         self.max_body: int = settings.get("max_body", 2**23)
         self.max_queue: int = settings.get("max_queue", 256)
+        self.has_chat_template: bool = settings.get("has_chat_template", True)
+        self.page = Page(**settings["page"]) if "page" in settings else None
         self.in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -58,9 +63,13 @@ class Envelope:
             await self.app(scope, receive, send)
             return
         method, path = scope["method"], scope["path"]
-        if method != "OPTIONS" and path not in OPEN and not self.is_allowed(scope):
+        if self.page and method in ("GET", "HEAD") and (file := self.page.find(path)):
+            await self.page.answer(send, file)
+        elif method != "OPTIONS" and path not in OPEN and not self.is_allowed(scope):
             message = "A valid API key is needed, as `Authorization: Bearer KEY`."
             await _answer(send, 401, envelope(401, message, code="invalid_api_key"))
+        elif path == "/v1/models" and method == "GET":
+            await _answer(send, 200, {"object": "list", "data": await self.models(scope, receive)})
         elif path.startswith("/v1/models/") and method in ("GET", "HEAD"):
             await self.answer_model(scope, receive, send, unquote(path.removeprefix("/v1/models/")))
         elif method == "POST" and path.startswith("/v1/"):
@@ -124,8 +133,8 @@ class Envelope:
         message = f"The body is larger than the {self.max_body} bytes that this server takes."
         await _answer(send, 413, envelope(413, message))
 
-    async def answer_model(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, name: str) -> None:
-        """One entry of the list of models, which vLLM gives only as a whole."""
+    async def models(self, scope: MutableMapping[str, Any], receive: Receive) -> list[dict[str, Any]]:
+        """vLLM's list of models, with what the page wants to know of each."""
         body = b""
 
         async def collect(message: Message) -> None:
@@ -133,7 +142,12 @@ class Envelope:
             body += message.get("body", b"")
 
         await self.app({**scope, "path": "/v1/models", "raw_path": b"/v1/models"}, receive, collect)
-        models = json.loads(body).get("data", [])
+        models: list[dict[str, Any]] = json.loads(body).get("data", [])
+        return [{**model, "has_chat_template": self.has_chat_template} for model in models]
+
+    async def answer_model(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, name: str) -> None:
+        """One entry of the list of models, which vLLM gives only as a whole."""
+        models = await self.models(scope, receive)
         found = next((model for model in models if model["id"] == name), None)
         if found is not None:
             await _answer(send, 200, found)
@@ -141,6 +155,25 @@ class Envelope:
         names = ", ".join(model["id"] for model in models)
         message = f"The model `{name}` does not exist. This server has: {names}."
         await _answer(send, 404, envelope(404, message, param="model", code="model_not_found"))
+
+
+class Page:
+    """The files of the chat page, which need no key."""
+
+    def __init__(self, folder: str, headers: dict[str, str]) -> None:
+        self.files = {f"/{path.name}": path for path in Path(folder).iterdir() if path.is_file()}
+        self.files["/"] = self.files["/index.html"]
+        self.headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+    def find(self, path: str) -> Path | None:
+        return self.files.get(path)
+
+    async def answer(self, send: Send, file: Path) -> None:
+        body = file.read_bytes()
+        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        own = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": own + self.headers})
+        await send({"type": "http.response.body", "body": body})
 
 
 class _Answer:
