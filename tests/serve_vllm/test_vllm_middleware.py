@@ -203,7 +203,7 @@ def test_keys(monkeypatch):
 def test_one_model(monkeypatch):
     client = Client(monkeypatch)
     status, body, _ = client.ask("GET", "/v1/models/org%2Fgpt")
-    expected = {**MODELS["data"][1], "has_chat_template": True}
+    expected = {"id": "org/gpt", "object": "model", "has_chat_template": True}
     assert (status, json.loads(body)) == (200, expected)
     assert json.loads(client.ask("GET", "/v1/models/org/gpt")[1]) == expected
     assert json.loads(client.ask("GET", "/v1/models")[1])["data"][1] == expected
