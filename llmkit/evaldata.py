@@ -18,6 +18,10 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 
+class MissingData(ValueError):
+    """A task's data cannot be had here: no local file, or no way to the hub. Data that is damaged is a ValueError."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskData:
     """The data of a task.
@@ -38,7 +42,8 @@ class TaskData:
         """The rows of a split, each turned into a document by `convert`.
 
         They come from the split's file in `files`, else from `data_dir`, else, where that is None, from the hub.
-        Raises ValueError, naming file and line (or dataset and row), for what is missing or what `convert` refuses.
+        Raises MissingData where there is none, and ValueError, naming file and line (or dataset and row), for data that
+        is damaged or that `convert` refuses.
         """
         if files and split in files:
             rows = json_lines(files[split])
@@ -56,7 +61,7 @@ class TaskData:
         path = self.find(split, data_dir)
         if path is None:
             expected = data_dir / self.file.format(split=split)
-            raise ValueError(f"there is no {expected} (or {expected.name}.gz), where split {split!r} should be")
+            raise MissingData(f"there is no {expected} (or {expected.name}.gz), where split {split!r} should be")
         return json_lines(path)
 
     def find(self, split: str, data_dir: Path) -> Path | None:
@@ -69,7 +74,7 @@ class TaskData:
         """Rows through the `datasets` library, which keeps what it downloads."""
         local = f"or give local files with --data-dir DIR: DIR/{self.file.format(split=split)}"
         if missing_modules(["datasets"]):
-            raise ValueError(f"dataset {self.dataset!r} needs datasets: {install_hint(['datasets'])}, {local}")
+            raise MissingData(f"dataset {self.dataset!r} needs datasets: {install_hint(['datasets'])}, {local}")
         import datasets
 
         datasets.utils.logging.set_verbosity_error()
@@ -78,7 +83,7 @@ class TaskData:
             rows = datasets.load_dataset(self.dataset, self.config, split=split)
         except Exception as error:  # the library raises many kinds, from its own to those of its HTTP client
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{place} cannot be had ({reason}): check the network, {local}") from error
+            raise MissingData(f"{place} cannot be had ({reason}): check the network, {local}") from error
         for number, row in enumerate(rows, start=1):
             yield f"{place}, row {number}", row
 

@@ -235,3 +235,7 @@ def test_chatcore_is_the_mean_of_what_there_is(checkpoint: Checkpoint, tmp_path:
     assert figures["chatcore"]["chatcore_partial"] == pytest.approx((sum(centred) + figures["humaneval"]["pass@1"]) / 3)
     assert set(results["missing"]["chatcore"]) == {"mmlu", "gsm8k"}
     assert len(samples) == 6
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "?"}')
+    with pytest.raises(ValueError, match=r"gsm8k/test\.jsonl, line 1"):  # damaged is not missing
+        Evaluation(checkpoint, ["chatcore"], data_dir=tmp_path, num_fewshot=0, options={"unsafe_execute": "yes"})

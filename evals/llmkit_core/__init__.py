@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from llmkit import hookimpl
+from llmkit.evaldata import MissingData
 from llmkit.evaluator import EvalContext, Evaluator, Figures, Metric, Suite
 from llmkit.plugins import get_plugins
 from llmkit_core.tasks import TASKS, CoreTask, make_task
@@ -56,7 +57,7 @@ class Core(CentredMean):
             member = task(self.context)
             try:
                 member.path()
-            except ValueError as error:
+            except MissingData as error:
                 self.missing[name] = str(error)
             else:
                 found[name] = member
@@ -84,7 +85,7 @@ class ChatCore(CentredMean):
             task = get_plugins().evaluator(name)(context)
             try:
                 task.documents()
-            except ValueError as error:
+            except MissingData as error:
                 self.missing[name] = str(error)
             else:
                 found[name] = task

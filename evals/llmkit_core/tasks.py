@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from llmkit.evaldata import Row, get, get_strings, json_lines
+from llmkit.evaldata import MissingData, Row, get, get_strings, json_lines
 from llmkit.evaluator import Answer, Document, EvalContext, Evaluator, Likelihood, Request, TokenLogLikelihood
 from llmkit.multiple_choice import gold_index
 
@@ -81,18 +81,18 @@ class CoreTask(Evaluator):
         self._begin: Ids = (begin,)
 
     def path(self) -> Path:
-        """The task's file. Raises ValueError where there is none."""
+        """The task's file. Raises MissingData where there is none."""
         if "test" in self.files:
             return self.files["test"]
         folder, name = self.context.data_dir, f"{self.spec.file}.jsonl"
         if folder is None:
-            raise ValueError(
+            raise MissingData(
                 f"task {self.name!r} reads nanochat's eval_bundle: unpack it and name its folder with --data-dir"
             )
         paths = [folder / place / name for place in FOLDERS]
         found = next((path for path in paths if path.is_file()), None)
         if found is None:
-            raise ValueError(f"there is no {name} in {folder} or its {', '.join(FOLDERS[:-1])}")
+            raise MissingData(f"there is no {name} in {folder} or its {', '.join(FOLDERS[:-1])}")
         return found
 
     def documents(self) -> Sequence[Document]:

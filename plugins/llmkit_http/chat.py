@@ -32,7 +32,7 @@ from llmkit_http.limits import warning_header
 from llmkit_http.models import Model
 from llmkit_http.schemas import ERRORS, Usage
 from llmkit_http.service import FINGERPRINT, service
-from llmkit_http.sse import DONE, EventStream, unless_gone
+from llmkit_http.sse import ChunkEvents, EventStream, unless_gone
 from llmkit_http.text import token_bytes, token_text
 from llmkit_http.tools import CallArguments, CallBegin, Delta, TextDelta
 from llmkit_http.turns import ANY_OBJECT, AUTO, REQUIRED, Conversation, Turn
@@ -184,7 +184,6 @@ class _Answer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
         base = {
             "id": self._id,
             "object": "chat.completion.chunk",
@@ -192,13 +191,10 @@ class _Answer:
             "model": self._model,
             "system_fingerprint": FINGERPRINT,
         }
-        # Written by hand: of all that an event holds only a few characters differ from the one before.
-        head = b"data: " + json.dumps(base)[:-1].encode() + b', "choices": [{"index": '
-        tail = b"}]" + (b', "usage": null' if usage else b"") + b"}\n\n"
+        chunks = ChunkEvents(base, self._body.stream_options)
 
         def event(index: int, delta: str, logprobs: str = "null", reason: str = "null") -> bytes:
-            rest = f'{index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}'
-            return head + rest.encode() + tail
+            return chunks.choice(index, delta=delta, logprobs=logprobs, finish_reason=reason)
 
         parsers = [self._turn.parser() for _ in self._job.samples]
         called = [False] * len(parsers)
@@ -222,7 +218,4 @@ class _Answer:
                     events.append(event(index, "{}", reason=f'"{self._reason(piece, called[index])}"'))
             if events:
                 yield b"".join(events)
-        if usage:
-            last = {**base, "choices": [], "usage": self._usage().model_dump()}
-            yield b"data: " + json.dumps(last).encode() + b"\n\n"
-        yield DONE
+        yield chunks.end(self._usage())

@@ -20,7 +20,7 @@ from llmkit_http.models import Model
 from llmkit_http.prompts import encode_prompts
 from llmkit_http.schemas import ERRORS, Usage
 from llmkit_http.service import FINGERPRINT, Service, service
-from llmkit_http.sse import DONE, EventStream, unless_gone
+from llmkit_http.sse import ChunkEvents, EventStream, unless_gone
 from llmkit_http.text import token_text
 
 router = APIRouter(responses=ERRORS)
@@ -124,7 +124,6 @@ class _Answer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        usage = bool(self._body.stream_options and self._body.stream_options.include_usage)
         base = {
             "id": self._id,
             "object": "text_completion",
@@ -132,8 +131,7 @@ class _Answer:
             "model": self._model,
             "system_fingerprint": FINGERPRINT,
         }
-        head = b"data: " + json.dumps(base)[:-1].encode() + b', "choices": [{"index": '
-        tail = b"}]" + (b', "usage": null' if usage else b"") + b"}\n\n"
+        chunks = ChunkEvents(base, self._body.stream_options)
         begun = [not prefix for prefix in self._prefix for _ in range(self._job.n)]
         async for pieces in self._job.pieces():
             events = []
@@ -148,15 +146,16 @@ class _Answer:
                     begun[piece.index] = True
                     piece.text = self._prefix[piece.index // self._job.n] + piece.text
                 reason = piece.finish_reason and ("length" if self._nothing else piece.finish_reason)
-                rest = f'{piece.index}, "text": {json.dumps(piece.text)}, "logprobs": '
-                rest += logprobs.model_dump_json() if logprobs else "null"
-                rest += f', "finish_reason": "{reason}"' if reason else ', "finish_reason": null'
-                events.append(head + rest.encode() + tail)
+                events.append(
+                    chunks.choice(
+                        piece.index,
+                        text=json.dumps(piece.text),
+                        logprobs=logprobs.model_dump_json() if logprobs else "null",
+                        finish_reason=f'"{reason}"' if reason else "null",
+                    )
+                )
             yield b"".join(events)
-        if usage:
-            last = {**base, "choices": [], "usage": self._usage().model_dump()}
-            yield b"data: " + json.dumps(last).encode() + b"\n\n"
-        yield DONE
+        yield chunks.end(self._usage())
 
 
 def _shown(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ from pydantic import Field
 from llmkit_http.chat import read_message
 from llmkit_http.chat_schemas import ChatMessage
 from llmkit_http.errors import bad_request
-from llmkit_http.prompts import LONG_TEXT
 from llmkit_http.schemas import ERRORS, AnswerModel, RequestModel, TokenId
 from llmkit_http.service import service
 from llmkit_http.text import token_text
@@ -63,7 +62,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
         return how(text, allow_special=True)
 
     try:
-        ids = await asyncio.to_thread(encode) if len(body.prompt or "") > LONG_TEXT else encode()
+        ids = await asyncio.to_thread(encode)  # a body may hold megabytes of text, in messages too
     except ValueError as error:  # characters that the tokenizer lacks, or what the template refuses
         raise bad_request(str(error), "prompt" if body.messages is None else "messages") from None
     return TokenizeAnswer(

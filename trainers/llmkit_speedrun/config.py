@@ -67,7 +67,7 @@ class SpeedrunTrainConfig(TrainConfig):
     """What `speedrun` adds to the shared options, and where its defaults differ."""
 
     preset: str = option(
-        "small", "Values of options that are not given: tuned for a small model, or those of the 5-minute record.",
+        "small", "Values of options that are not given: for a small model, or those of the 5-minute record.",
         choices=tuple(PRESETS),
     )  # fmt: skip
     learning_rate: float | None = option(None, "Peak learning rate of Muon. [default: the preset's]", minimum=0)
