@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 2048
@@ -159,13 +159,11 @@ def ablations(runs: Runs, rates: dict[str, float]) -> dict[str, Any]:
 def training(data: Path, options: dict[str, Any]) -> Any:
     """A trainer's loop that can be stepped by hand."""
     from llmkit.plugins import get_plugins
-    from llmkit.trainer import TrainJob
     from llmkit.training import plan
 
     given = {name: value for name, value in {**BATCH, "steps": 1000, **options}.items() if name != "backend"}
     planned = plan(get_plugins().trainer(options["backend"]), given, data=data, out=data / "unused", resume=False)
-    job = TrainJob(config=planned.config, data=planned.data, start=None, resume=False, save=None,  # type: ignore[arg-type]
-                   stop=threading.Event(), out=data, validation=planned.validation)  # fmt: skip
+    job = planned.job(_no_save, threading.Event())
     if options["backend"] == "torch":
         from llmkit_torch.training import GPT2Training
 
@@ -173,6 +171,10 @@ def training(data: Path, options: dict[str, Any]) -> Any:
     from llmkit_speedrun.training import SpeedrunTraining
 
     return SpeedrunTraining(job)
+
+
+def _no_save(step: int, **_: Any) -> NoReturn:
+    raise AssertionError("nothing is saved here")
 
 
 def side_by_side(loops: list[Any], steps: int) -> list[float]:
