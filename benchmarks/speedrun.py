@@ -1,6 +1,6 @@
 """How much sooner the speedrun reaches what tuned GPT-2 with AdamW reaches, and which of its parts are worth what.
 
-    python benchmarks/speedrun.py [--json] [--sweep] [--out DIR]
+    python benchmarks/speedrun.py [--json] [--sweep] [--jobs N] [--out DIR]
 
 Every figure comes from whole runs of `llmkit train` on the same data: learning rates decay to zero in each, and only
 the last validation losses are compared, on the same tokens. "Tokens to the baseline" is the shortest of the lengths
@@ -8,8 +8,9 @@ tried whose final loss is no higher than the baseline's. Both models have the sa
 baseline is a little wider, since its head is tied). Losses do not depend on the machine's load. Seconds do, so they are
 measured side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
 
-`--sweep` trains the baseline, and AdamW and Muon on the speedrun's architecture, with each of the learning rates in
-SWEEPS, and takes the best; without it those in RATES are taken. Finished runs are kept under --out, not trained again.
+`--sweep` trains with each of the learning rates in SWEEPS and takes the best: those of the baseline, of Muon, then with
+that of the embedding, the head and the scalars in turn, and with all of them that of AdamW on the speedrun's
+architecture. Without it those in RATES are taken. Finished runs are kept under --out, not trained again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,16 +34,19 @@ BATCH = {"sequence_length": 256, "batch_size": 8, "total_batch_tokens": 8192}
 SPEEDRUN: dict[str, Any] = {"backend": "speedrun", "depth": 4, "width": 128, "heads": 2}
 BASELINE: dict[str, Any] = {"backend": "torch", "depth": 4, "width": 144, "heads": 3, "schedule": "linear",
                             "final_lr_fraction": 0}  # fmt: skip
-STEPS = {"baseline": 400, "adamw": 120, "ablation": 60}
-#: the best known; SWEEPS has not been gone through to its end
-RATES = {"baseline": 3e-3, "adamw": 8e-3, "muon": 4e-2}
+STEPS = {"baseline": 600, "adamw": 200, "ablation": 120}
+#: the best of SWEEPS
+RATES = {"baseline": 3e-3, "muon": 4e-2, "embedding": 0.3, "head": 1.6e-2, "scalar": 2e-2, "adamw": 8e-3}
 SWEEPS = {
     "baseline": (1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
+    "muon": (2e-2, 4e-2, 8e-2, 1.6e-1),
+    "embedding": (0.1, 0.3, 0.6),
+    "head": (8e-3, 1.6e-2, 3.2e-2),
+    "scalar": (1e-2, 2e-2, 4e-2),
     "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "muon": (1e-2, 2e-2, 4e-2, 8e-2),
 }
 #: lengths tried, as parts of what they are compared with
-PARTS = {"baseline": (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8, 1.0),
+PARTS = {"baseline": (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8, 1.0),
          "adamw": (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)}  # fmt: skip
 SWITCHES: dict[str, dict[str, Any]] = {
     "polar-express": {"polar_express": True},
@@ -50,19 +55,26 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "cautious-weight-decay": {"weight_decay": 0.1, "cautious_weight_decay": True},
     "value-embeddings": {"value_embeddings": True},
     "multi-token-prediction": {"multi_token_prediction": True},
-    "batch-schedule": {"batch_schedule": True, "batch_size": 4, "steps": 90},  # the same tokens
-    "window-schedule": {"window_warmup_steps": 40},
+    "batch-schedule": {"batch_schedule": True, "batch_size": 4, "steps": 180},  # the same tokens
+    "window-schedule": {"window_warmup_steps": 80},
 }
+SEEDS = (2, 3)  # besides the usual one: how far chance moves a loss
 OVERHEAD_TOKENS = 16384
 
 
 class Runs:
     """Trains, and remembers what came out: DIR/results.json maps a run's options to its final validation loss."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: Path, jobs: int) -> None:
+        self.folder, self.data, self.jobs = folder, data, jobs
         self.file = folder / "results.json"
         self.results: dict[str, float] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.lock = threading.Lock()
+
+    def losses(self, runs: Iterable[dict[str, Any]]) -> list[float]:
+        """Final validation losses in nats per token, `jobs` runs at a time. Raises CalledProcessError."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(self.loss, runs))
 
     def loss(self, options: dict[str, Any]) -> float:
         """Final validation loss in nats per token. Raises CalledProcessError."""
@@ -70,14 +82,20 @@ class Runs:
         options["val_batches"] = 80 * 8 // options["batch_size"]
         key = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
         if key not in self.results:
+            options["threads"] = max(1, (os.cpu_count() or 1) // self.jobs)
             flags = [part for name, value in options.items() for part in _flag(name, value)]
-            out = self.folder / "runs" / f"{len(self.results)}-{os.getpid()}"
+            out = self.folder / "runs" / f"{time.time_ns()}"
             command = [sys.executable, "-m", "llmkit", "train", "--json", "--data", self.data, "--out", out, *flags]
             note(f"training {key}")
-            done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, text=True)
-            self.results[key] = json.loads(done.stdout)["val_loss"]
-            self.file.write_text(json.dumps(self.results, indent=1))
-            note(f"  {self.results[key]:.4f}")
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            if done.returncode:
+                note(done.stderr)
+                done.check_returncode()
+            loss = json.loads(done.stdout)["val_loss"]
+            with self.lock:
+                self.results[key] = loss
+                self.file.write_text(json.dumps(self.results, indent=1))
+            note(f"{loss:.4f} {key}")
         return self.results[key]
 
 
@@ -101,58 +119,69 @@ def prepare(folder: Path, source: str | None) -> Path:
     return data
 
 
-def shortest(parts: Iterable[float], steps: int, loss_after: Callable[[int], float], goal: float) -> dict[str, Any]:
+def shortest(runs: Runs, parts: Sequence[float], steps: int, options: dict[str, Any], goal: float) -> dict[str, Any]:
     """The first of the lengths whose run ends at the goal or below, and all losses on the way."""
     tried: dict[str, float] = {}
-    for part in parts:
-        tried[f"{part:g}"] = loss_after(max(1, round(part * steps)))
-        if tried[f"{part:g}"] <= goal:
-            return {"ratio": part, "losses": tried}
+    for first in range(0, len(parts), runs.jobs):
+        some = parts[first : first + runs.jobs]
+        losses = runs.losses({**options, "steps": max(1, round(part * steps))} for part in some)
+        tried.update((f"{part:g}", loss) for part, loss in zip(some, losses))
+        for part, loss in zip(some, losses):
+            if loss <= goal:
+                return {"ratio": part, "losses": tried}
     return {"ratio": None, "losses": tried}
 
 
-def baseline() -> dict[str, Any]:
-    """A run of the baseline but for its learning rate. A fifth is warm-up: with a twentieth, 0.004 stalled."""
-    return {**BASELINE, "steps": STEPS["baseline"], "warmup_steps": STEPS["baseline"] // 5}
+def given(kind: str, rates: dict[str, float]) -> dict[str, Any]:
+    """A run of the baseline, or with Muon or AdamW on the speedrun's architecture, with these learning rates.
+
+    A fifth of the baseline's steps is warm-up: with a twentieth, 0.004 stalled.
+    """
+    if kind == "baseline":
+        steps = STEPS["baseline"]
+        return {**BASELINE, "steps": steps, "warmup_steps": steps // 5, "learning_rate": rates["baseline"]}
+    others = {f"{name}_learning_rate": rates[name] for name in ("embedding", "head", "scalar")}
+    adamw = {"optimizer": "adamw"} if kind == "adamw" else {}
+    return {**SPEEDRUN, **others, **adamw, "steps": STEPS["adamw"], "learning_rate": rates[kind]}
 
 
 def tokens(runs: Runs, rates: dict[str, float]) -> dict[str, Any]:
     """The two figures about tokens."""
-    gpt2 = runs.loss({**baseline(), "learning_rate": rates["baseline"]})
-    muon = {**SPEEDRUN, "learning_rate": rates["muon"]}
-    adamw = runs.loss({**SPEEDRUN, "steps": STEPS["adamw"], "optimizer": "adamw", "learning_rate": rates["adamw"]})
-    whole = shortest(PARTS["baseline"], STEPS["baseline"], lambda n: runs.loss({**muon, "steps": n}), gpt2)
-    alone = shortest(PARTS["adamw"], STEPS["adamw"], lambda n: runs.loss({**muon, "steps": n}), adamw)
+    gpt2, adamw = runs.losses(given(kind, rates) for kind in ("baseline", "adamw"))
+    muon = given("muon", rates)
+    whole = shortest(runs, PARTS["baseline"], STEPS["baseline"], muon, gpt2)
+    alone = shortest(runs, PARTS["adamw"], STEPS["adamw"], muon, adamw)
     return {
         "tokens_to_baseline": {**whole, "baseline_loss": gpt2, "goal": 0.45},
         "muon_only_tokens": {**alone, "adamw_loss": adamw, "goal": 0.75},
     }
 
 
-def sweep(runs: Runs) -> dict[str, dict[str, float]]:
-    """Final losses for every learning rate."""
-    given = {
-        "baseline": baseline(),
-        "adamw": {**SPEEDRUN, "steps": STEPS["adamw"], "optimizer": "adamw"},
-        "muon": {**SPEEDRUN, "steps": STEPS["ablation"]},
-    }
-    return {
-        name: {f"{rate:g}": runs.loss({**options, "learning_rate": rate}) for rate in SWEEPS[name]}
-        for name, options in given.items()
-    }
+def sweep(runs: Runs) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Final losses for every learning rate, and the best rates; each is tuned with the best of those before it."""
+    rates, found = dict(RATES), {}
+    for name, values in SWEEPS.items():
+        kind = name if name in ("baseline", "adamw") else "muon"
+        losses = runs.losses([given(kind, {**rates, name: value}) for value in values])
+        found[name] = {f"{value:g}": loss for value, loss in zip(values, losses)}
+        rates[name] = min(zip(losses, values))[1]
+    return found, rates
 
 
 def ablations(runs: Runs, rates: dict[str, float]) -> dict[str, Any]:
-    """Losses without each feature, and with each switch; `whole` is the architecture as it is."""
+    """Losses without each feature, and with each switch, less that of the `whole` architecture as it is."""
     from llmkit_speedrun.config import FEATURES
 
-    given = {**SPEEDRUN, "steps": STEPS["ablation"], "learning_rate": rates["muon"]}
-    whole = runs.loss(given)
+    plain = {**given("muon", rates), "steps": STEPS["ablation"]}
+    changes = [*({"without": name} for name in FEATURES), *SWITCHES.values(), *({"seed": seed} for seed in SEEDS)]
+    whole, *losses = runs.losses({**plain, **change} for change in ({}, *changes))
+    differences = dict(zip((*FEATURES, *SWITCHES, *SEEDS), (loss - whole for loss in losses)))
     return {
         "steps": STEPS["ablation"],
         "whole": whole,
-        "without": {name: runs.loss({**given, "without": name}) - whole for name in FEATURES},
-        "with": {name: runs.loss({**given, **switch}) - whole for name, switch in SWITCHES.items()},
+        "other_seeds": {str(seed): differences[seed] for seed in SEEDS},
+        "without": {name: differences[name] for name in FEATURES},
+        "with": {name: differences[name] for name in SWITCHES},
     }
 
 
@@ -161,8 +190,8 @@ def training(data: Path, options: dict[str, Any]) -> Any:
     from llmkit.plugins import get_plugins
     from llmkit.training import plan
 
-    given = {name: value for name, value in {**BATCH, "steps": 1000, **options}.items() if name != "backend"}
-    planned = plan(get_plugins().trainer(options["backend"]), given, data=data, out=data / "unused", resume=False)
+    settings = {name: value for name, value in {**BATCH, "steps": 1000, **options}.items() if name != "backend"}
+    planned = plan(get_plugins().trainer(options["backend"]), settings, data=data, out=data / "unused", resume=False)
     job = planned.job(_no_save, threading.Event())
     if options["backend"] == "torch":
         from llmkit_torch.training import GPT2Training
@@ -244,17 +273,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "speedrun", help="where finished runs are kept")
     parser.add_argument("--timed-steps", type=int, default=8, help="steps of each side where seconds are measured")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that all of it runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the processor's cores")
     args = parser.parse_args()
     if args.quick:
         for name in STEPS:
             STEPS[name] //= 20
+        SWITCHES["batch-schedule"]["steps"] //= 20
     args.out.mkdir(parents=True, exist_ok=True)
     data = prepare(args.out, args.data)
-    runs, rates = Runs(args.out, data), dict(RATES)
+    runs, rates = Runs(args.out, data, args.jobs), dict(RATES)
     result: dict[str, Any] = {"parameters": parameters(data), "steps": dict(STEPS), **BATCH}
     if args.sweep:
-        result["sweep"] = sweep(runs)
-        rates = {name: float(min(found, key=lambda rate: found[rate])) for name, found in result["sweep"].items()}
+        result["sweep"], rates = sweep(runs)
     result["learning_rates"] = rates
     result.update(tokens(runs, rates))
     result["ablations"] = ablations(runs, rates)
