@@ -148,15 +148,16 @@ def test_the_same_number_resumes_to_the_same_bits(data: TokenData, tmp_path: Pat
         assert np.array_equal(array, weights(resumed)[name]), name
 
 
-def test_fsdp_trains_as_one_process_and_resumes_without(data: TokenData, tmp_path: Path) -> None:
-    one = run(data, "torch", tmp_path / "one", sample_every=3)
-    two = run(data, "torch", tmp_path / "two", sample_every=3, nproc=2, fsdp=True)
+@pytest.mark.parametrize("backend", TRAINERS)
+def test_fsdp_trains_as_one_process_and_resumes_without(data: TokenData, tmp_path: Path, backend: str) -> None:
+    one = run(data, backend, tmp_path / "one", sample_every=3)
+    two = run(data, backend, tmp_path / "two", sample_every=3, nproc=2, fsdp=True)
     samples = [[r["text"] for r in each.metrics() if r["kind"] == "sample"] for each in (one, two)]
     assert samples[0] == samples[1]
     assert_same_run(one, two, tolerance=2e-5)
     for then in (1, 2):
         out = cut_off(two, tmp_path / str(then))
-        assert_same_run(one, run(data, "torch", out, resume=True, nproc=then), tolerance=2e-5)
+        assert_same_run(one, run(data, backend, out, resume=True, nproc=then), tolerance=2e-5)
 
 
 # --- torchrun
@@ -306,8 +307,9 @@ def test_the_batch_that_is_not_given_divides(data: TokenData) -> None:
 
 
 def test_what_needs_other_options_says_so(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"--fsdp .* add --nproc"):
-        run(data, "torch", tmp_path / "run", fsdp=True)
+    for backend in TRAINERS:
+        with pytest.raises(ValueError, match=r"--fsdp .* add --nproc"):
+            run(data, backend, tmp_path / "run", fsdp=True)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="--nproc 2 starts processes, and torchrun has started 2"):

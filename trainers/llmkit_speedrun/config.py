@@ -116,6 +116,7 @@ class SpeedrunTrainConfig(TrainConfig):
     )
     nproc: int = option(1, "Processes on this machine, one for each GPU: data parallel, optimisers' state and "
                            "Newton-Schulz shared out.", minimum=1)  # fmt: skip
+    fsdp: bool = option(False, "Share out the model too (FSDP2), for one that does not fit one device.")
 
     @property
     def switched_off(self) -> frozenset[str]:

@@ -107,11 +107,36 @@ class Muon(torch.optim.Optimizer):
 
     def _directions(self, bucket: Sequence[Tensor], group: dict[str, Any]) -> Iterable[Tensor]:
         """The orthogonalised momenta of parameters of one shape (or its transpose), each in its parameter's shape."""
-        wide = torch.stack([_wide(self._momentum(p, group)) for p in bucket])  # (N, rows, columns), rows <= columns
-        orthogonal = orthogonalise(wide, coefficients=self.coefficients, dtype=self.dtype)
-        for p, x in zip(bucket, orthogonal.to(bucket[0].dtype)):
-            direction = x.T if p.shape[0] > p.shape[1] else x
+        momenta = [self._momentum(p, group) for p in bucket]
+        directions = (
+            self._orthogonal_of_shared(momenta) if hasattr(momenta[0], "device_mesh") else self._orthogonal(momenta)
+        )
+        for p, direction in zip(bucket, directions):
             yield self._normalise_rows(p, direction) if group["normuon"] else direction
+
+    def _orthogonal(self, momenta: Sequence[Tensor]) -> list[Tensor]:
+        """Orthogonal matrices of matrices of one shape (or its transpose), each in the shape and dtype of its own."""
+        if not momenta:
+            return []
+        wide = torch.stack([_wide(u) for u in momenta])  # (N, rows, columns), rows <= columns
+        orthogonal = orthogonalise(wide, coefficients=self.coefficients, dtype=self.dtype).to(momenta[0].dtype)
+        return [x.T if u.shape[0] > u.shape[1] else x for u, x in zip(momenta, orthogonal)]
+
+    def _orthogonal_of_shared(self, momenta: Sequence[Any]) -> Iterable[Tensor]:
+        """The same of matrices whose rows FSDP has shared out (DTensors), as many at a time as there are processes:
+        each gathers and orthogonalises one, and deals out its rows again.
+        """
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = momenta[0].device_mesh, momenta[0].placements
+        rank, count = mesh.get_local_rank(), mesh.size()
+        for first in range(0, len(momenta), count):
+            some = momenta[first : first + count]
+            own = [u for index, u in enumerate(u.full_tensor() for u in some) if index == rank]
+            directions = self._orthogonal(own)
+            for index, u in enumerate(some):
+                x = directions[0] if index == rank else torch.empty(u.shape, dtype=u.dtype, device=u.device)
+                yield distribute_tensor(x.contiguous(), mesh, placements, src_data_rank=index)
 
     def _momentum(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Take the gradient into the running mean; what is to be orthogonalised (Nesterov: one step ahead)."""

@@ -25,7 +25,7 @@ class SpeedrunTrainer(Trainer):
     name = "speedrun"
     requires = ("torch", "transformers")
     Config = SpeedrunTrainConfig
-    resumable = frozenset({"nproc", "device", "threads"})
+    resumable = frozenset({"nproc", "fsdp", "device", "threads"})
     torchrun = True
 
     @classmethod
@@ -36,7 +36,7 @@ class SpeedrunTrainer(Trainer):
         device = pick_device(config.device)
         if config.preset == "record-2024-11":
             config = dataclasses.replace(config, **_record_rows(config, device))
-        config = resolve(config, data, start, processes=process_count(config.nproc))
+        config = resolve(config, data, start, processes=process_count(config))
         natural = "bf16" if has_fast_bf16(device) else "fp32"
         return dataclasses.replace(config, dtype=config.dtype or natural, ns_dtype=config.ns_dtype or natural)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
+from llmkit.trainer import TrainJob
 from llmkit.weights import Array
 from llmkit_speedrun.attention_mask import block_mask, dense_mask, document_ids
 from llmkit_speedrun.config import (
@@ -24,6 +25,8 @@ from llmkit_speedrun.config import (
 from llmkit_speedrun.model import SpeedrunConfig, SpeedrunForCausalLM
 from llmkit_speedrun.muon import JORDAN, POLAR_EXPRESS, Muon
 from llmkit_torch.loop import TrainingLoop
+from llmkit_torch.processes import ALONE, Processes
+from llmkit_torch.update import whole
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-10
@@ -34,6 +37,11 @@ class SpeedrunTraining(TrainingLoop):
     """One run of the trainer `speedrun`."""
 
     model: SpeedrunForCausalLM
+
+    def __init__(self, job: TrainJob, processes: Processes = ALONE) -> None:
+        super().__init__(job, processes)
+        self.document_mask = "document-mask" not in self.config.switched_off
+        self.forward: Any = torch.compile(self.model) if self.config.compile else self.model
 
     def make_model(self) -> SpeedrunForCausalLM:
         c, job = self.config, self.job
@@ -48,9 +56,10 @@ class SpeedrunTraining(TrainingLoop):
                 {name: torch.from_numpy(np.array(array)) for name, array in job.start.weights.items()},
                 strict=not model.config.tie_word_embeddings,
             )
-        self.document_mask = "document-mask" not in c.switched_off
-        self.decoder: Any = torch.compile(model.model) if c.compile else model.model
         return model
+
+    def blocks(self, model: SpeedrunForCausalLM) -> Iterable[nn.Module]:
+        return model.model.layers
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
         c, model = self.config, self.model
@@ -133,8 +142,8 @@ class SpeedrunTraining(TrainingLoop):
     def _logits(self, inputs: Tensor, documents: Tensor, window: int) -> Tensor:
         """(B, T, V) in fp32."""
         mask = block_mask(documents, window) if self.flex else dense_mask(documents, window)
-        hidden = self.decoder(inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        return self.model.logits(hidden)
+        logits: Tensor = self.forward(inputs, attention_mask=mask, use_cache=False).logits
+        return logits
 
     # --- what the loop wants to know
 
@@ -146,7 +155,8 @@ class SpeedrunTraining(TrainingLoop):
         given = torch.tensor([ids], device=self.device)
         cache = DynamicCache(config=config)
         attention, config._attn_implementation = config._attn_implementation, "sdpa"
-        with torch.inference_mode(), self.autocast:
+        # no_grad: see `validate`
+        with torch.no_grad(), self.autocast:
             for _ in range(min(self.config.sample_tokens, self.config.sequence_length)):
                 logits = self.model(given, past_key_values=cache, use_cache=True).logits[0, -1]
                 given = torch.multinomial(logits.softmax(-1), 1, generator=generator)[None]
@@ -169,7 +179,7 @@ class SpeedrunTraining(TrainingLoop):
         config = self.model.config.to_dict()
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
         weights = {
-            name: tensor.detach().float().cpu().numpy()
+            name: whole(tensor).float().cpu().numpy()
             for name, tensor in self.model.state_dict().items()
             if name not in tied
         }

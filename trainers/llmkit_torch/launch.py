@@ -45,7 +45,7 @@ def run(job: TrainJob, loop: type[TrainingLoop]) -> Iterator[Event]:
     elif count > 1:
         yield from _with_workers(job, loop, Processes(0, count, 0, count))
     else:
-        if getattr(job.config, "fsdp", False):  # of a resumed run: a new one is refused
+        if job.config.fsdp:  # of a resumed run: a new one is refused
             job = dataclasses.replace(job, config=dataclasses.replace(job.config, fsdp=False))
         with own_threads(job.config.threads, ALONE):
             yield from loop(job).run()

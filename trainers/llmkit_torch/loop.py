@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ class TrainingLoop(ABC):
         self.job, self.config, self.processes = job, job.config, processes
         self.device = own_device(self.config.device, processes)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16")
-        self.fully_sharded: bool = getattr(self.config, "fsdp", False)
-        self.model = self.place(self.make_model())
+        self.fully_sharded: bool = self.config.fsdp
+        self.model = self._place(self.make_model())
         self.optimisers = self.make_optimisers()
         self.update = (
             Update(self.model, self.optimisers)
@@ -87,15 +88,30 @@ class TrainingLoop(ABC):
     def to_hf(self) -> tuple[Mapping[str, Any], Mapping[str, Array]]:
         """config.json, and fp32 weights under Hugging Face's names."""
 
-    def place(self, model: nn.Module) -> Any:
-        """The model on this process's device."""
-        return model.to(self.device)
+    @abstractmethod
+    def blocks(self, model: Any) -> Iterable[nn.Module]:
+        """The parts of the model that run one after another; `--fsdp` gathers one of them at a time."""
 
     @classmethod
     def micro_batches_at(cls, step: int, config: Any) -> int:
         """Micro-batches that step number `step` accumulates, all processes together."""
         count: int = config.total_batch_tokens // (config.batch_size * config.sequence_length)
         return count
+
+    def _place(self, model: nn.Module) -> Any:
+        """On the device; with `--fsdp` every process keeps its share of each block, and gathers a block to run it."""
+        if not self.fully_sharded:
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.processes.count,))
+        # The speedrun's blocks return values for the blocks after them, which nobody changes.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        for block in self.blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     # --- the loop
 

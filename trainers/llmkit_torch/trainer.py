@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.options import option
 from llmkit.torchrun import Torchrun
@@ -50,9 +50,7 @@ class TorchTrainer(Trainer):
         from llmkit import recipe
         from llmkit_torch.hardware import has_fast_bf16, pick_device
 
-        processes = process_count(config.nproc)
-        if config.fsdp and processes == 1:
-            raise ValueError("--fsdp shares the model out among several processes: add --nproc, or leave it out")
+        processes = process_count(config)
         resolved = recipe.resolve(config, data, start, processes=processes)
         device = pick_device(resolved.device)
         dtype = resolved.dtype or ("bf16" if has_fast_bf16(device) else "fp32")
@@ -65,12 +63,17 @@ class TorchTrainer(Trainer):
         return run(job, GPT2Training)
 
 
-def process_count(nproc: int) -> int:
-    """Processes of a new run. Raises ValueError where both torchrun and `--nproc` would start them."""
-    started = Torchrun.from_environment()
+def process_count(config: Any) -> int:
+    """Processes of a new run. Raises ValueError where both torchrun and `--nproc` would start them, and for `--fsdp`
+    of a single one.
+    """
+    started, nproc = Torchrun.from_environment(), config.nproc
     if started and nproc > 1:
         raise ValueError(f"--nproc {nproc} starts processes, and torchrun has started {started.world}: leave it out")
-    return started.world if started else nproc
+    count: int = started.world if started else nproc
+    if config.fsdp and count == 1:
+        raise ValueError("--fsdp shares the model out among several processes: add --nproc, or leave it out")
+    return count
 
 
 def make_optimiser(model: GPT2, config: TorchConfig) -> torch.optim.AdamW:

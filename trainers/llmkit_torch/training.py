@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,19 +37,8 @@ class GPT2Training(TrainingLoop):
             model.initialise(self.config.seed)
         return model
 
-    def place(self, model: nn.Module) -> Any:
-        """On the device; with `--fsdp` every process keeps its share of each block, and gathers a block to run it."""
-        if not self.config.fsdp:
-            return model.to(self.device)
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(self.device.type, (self.processes.count,))
-        assert isinstance(model, GPT2)
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
+    def blocks(self, model: GPT2) -> Iterable[nn.Module]:
+        return model.transformer.h
 
     def make_optimisers(self) -> Sequence[torch.optim.Optimizer]:
         return [make_optimiser(self.model, self.config)]
