@@ -8,9 +8,9 @@ tried whose final loss is no higher than the baseline's. Both models have the sa
 baseline is a little wider, since its head is tied). Losses do not depend on the machine's load. Seconds do, so they are
 measured side by side, a step of one and a step of the other in turn, and multiplied by the numbers of steps.
 
-`--sweep` trains with each of the learning rates in SWEEPS and takes the best: those of the baseline, of Muon, then with
-that of the embedding, the head and the scalars in turn, and with all of them that of AdamW on the speedrun's
-architecture. Without it those in RATES are taken. Finished runs are kept under --out, not trained again.
+`--sweep` trains with each of the values in SWEEPS and takes the best: rates of the baseline, of Muon, then with that of
+the embedding, the head and the scalars in turn, steps of momentum warm-up, and with all of them AdamW's rate on the
+speedrun's architecture. Without it those in RATES are taken. Finished runs are kept under --out, not trained again.
 """
 
 from __future__ import annotations
@@ -34,20 +34,24 @@ BATCH = {"sequence_length": 256, "batch_size": 8, "total_batch_tokens": 8192}
 SPEEDRUN: dict[str, Any] = {"backend": "speedrun", "depth": 4, "width": 128, "heads": 2}
 BASELINE: dict[str, Any] = {"backend": "torch", "depth": 4, "width": 144, "heads": 3, "schedule": "linear",
                             "final_lr_fraction": 0}  # fmt: skip
-STEPS = {"baseline": 600, "adamw": 200, "ablation": 120}
+STEPS = {"baseline": 600, "sweep": 200, "adamw": 400, "ablation": 90}
 #: the best of SWEEPS
-RATES = {"baseline": 3e-3, "muon": 4e-2, "embedding": 0.3, "head": 1.6e-2, "scalar": 2e-2, "adamw": 8e-3}
-SWEEPS = {
-    "baseline": (1e-3, 2e-3, 3e-3, 4e-3, 6e-3),
+RATES = {"baseline": 8e-3, "muon": 4e-2, "embedding": 0.6, "head": 1.6e-2, "scalar": 1e-2, "momentum-warmup": 1000,
+         "adamw": 8e-3}  # fmt: skip
+SWEEPS: dict[str, tuple[float, ...]] = {
+    "baseline": (1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 1.2e-2),
     "muon": (2e-2, 4e-2, 8e-2, 1.6e-1),
     "embedding": (0.1, 0.3, 0.6),
     "head": (8e-3, 1.6e-2, 3.2e-2),
     "scalar": (1e-2, 2e-2, 4e-2),
+    "momentum-warmup": (100, 300, 1000),
     "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
+#: where the sweep begins, for what comes later in it
+BEGIN = {"embedding": 0.3, "head": 1.6e-2, "scalar": 2e-2, "momentum-warmup": 100}
 #: lengths tried, as parts of what they are compared with
-PARTS = {"baseline": (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8, 1.0),
-         "adamw": (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)}  # fmt: skip
+PARTS = {"baseline": (0.15, 0.175, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8, 1.0),
+         "adamw": (0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)}  # fmt: skip
 SWITCHES: dict[str, dict[str, Any]] = {
     "polar-express": {"polar_express": True},
     "normuon": {"normuon": True},
@@ -55,8 +59,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "cautious-weight-decay": {"weight_decay": 0.1, "cautious_weight_decay": True},
     "value-embeddings": {"value_embeddings": True},
     "multi-token-prediction": {"multi_token_prediction": True},
-    "batch-schedule": {"batch_schedule": True, "batch_size": 4, "steps": 180},  # the same tokens
-    "window-schedule": {"window_warmup_steps": 80},
+    "batch-schedule": {"batch_schedule": True, "batch_size": 4, "steps": 135},  # the same tokens
+    "window-schedule": {"window_warmup_steps": 60},
 }
 SEEDS = (2, 3)  # besides the usual one: how far chance moves a loss
 OVERHEAD_TOKENS = 16384
@@ -141,13 +145,18 @@ def given(kind: str, rates: dict[str, float]) -> dict[str, Any]:
         steps = STEPS["baseline"]
         return {**BASELINE, "steps": steps, "warmup_steps": steps // 5, "learning_rate": rates["baseline"]}
     others = {f"{name}_learning_rate": rates[name] for name in ("embedding", "head", "scalar")}
-    adamw = {"optimizer": "adamw"} if kind == "adamw" else {}
-    return {**SPEEDRUN, **others, **adamw, "steps": STEPS["adamw"], "learning_rate": rates[kind]}
+    if kind == "muon":
+        own: dict[str, Any] = {"momentum_warmup_steps": int(rates["momentum-warmup"])}
+    else:
+        own = {"optimizer": "adamw"}
+    return {**SPEEDRUN, **others, **own, "steps": STEPS["adamw"], "learning_rate": rates[kind]}
 
 
 def tokens(runs: Runs, rates: dict[str, float]) -> dict[str, Any]:
     """The two figures about tokens."""
-    gpt2, adamw = runs.losses(given(kind, rates) for kind in ("baseline", "adamw"))
+    slower = {**rates, "adamw": rates["adamw"] / 2}  # this run is longer than the sweep's
+    gpt2, *both = runs.losses([given("baseline", rates), given("adamw", rates), given("adamw", slower)])
+    adamw = min(both)
     muon = given("muon", rates)
     whole = shortest(runs, PARTS["baseline"], STEPS["baseline"], muon, gpt2)
     alone = shortest(runs, PARTS["adamw"], STEPS["adamw"], muon, adamw)
@@ -158,11 +167,13 @@ def tokens(runs: Runs, rates: dict[str, float]) -> dict[str, Any]:
 
 
 def sweep(runs: Runs) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Final losses for every learning rate, and the best rates; each is tuned with the best of those before it."""
-    rates, found = dict(RATES), {}
+    """Final losses for every value, and the best values; each is tuned with the best of those before it."""
+    rates, found = {**RATES, **BEGIN}, {}
     for name, values in SWEEPS.items():
         kind = name if name in ("baseline", "adamw") else "muon"
-        losses = runs.losses([given(kind, {**rates, name: value}) for value in values])
+        plain = [given(kind, {**rates, name: value}) for value in values]
+        steps = STEPS["baseline" if kind == "baseline" else "sweep"]
+        losses = runs.losses({**options, "steps": steps} for options in plain)
         found[name] = {f"{value:g}": loss for value, loss in zip(values, losses)}
         rates[name] = min(zip(losses, values))[1]
     return found, rates
