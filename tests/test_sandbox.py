@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,6 @@ def test_leaving_from_within_a_test_is_no_pass(any_box: Sandbox) -> None:
         ("x = bytearray(10 * 2**30)", "MemoryError"),
         ("while True: pass", "it ended before its tests did"),
         ("while True: print('x' * 1000)", "it ended before its tests did"),
-        # bytes of zeros are never touched: where the machine gives pages slowly, touching them used up the CPU seconds
         ("x = []\nwhile True: x.append(bytes(2**26))", "MemoryError"),
         ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 2**20)", "OSError: [Errno 27]"),
         ("files = [open('/dev/null') for _ in range(1000)]", "OSError: [Errno 24]"),
@@ -96,6 +96,12 @@ def test_leaving_from_within_a_test_is_no_pass(any_box: Sandbox) -> None:
 )
 def test_what_it_may_use_is_limited(any_box: Sandbox, program: str, reason: str) -> None:
     assert any_box.run(program, "").reason.startswith(reason)
+
+
+def test_memory_in_use_is_limited(any_box: Sandbox) -> None:
+    # 256 MiB: to fill a GiB takes half of the box's second of CPU, and all of it on a busy machine.
+    small = Sandbox(any_box.method, replace(LIMITS, memory_bytes=2**28))
+    assert small.run("x = []\nwhile True: x.append(bytearray(2**24))", "").reason.startswith("MemoryError")
 
 
 def test_waiting_ends(any_box: Sandbox) -> None:

@@ -230,23 +230,23 @@ def test_requests_at_once_have_a_limit(monkeypatch):
     assert client.ask("POST", "/v1/completions", b"{}")[0] == 200, "places are given back after a failure"
 
 
-def test_the_chat_page_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = {"folder": str(STATIC), "headers": PAGE_HEADERS}
-    monkeypatch.setenv("LLMKIT_INSIDE", json.dumps({"api_keys": ["secret"], "page": page}))
-    sent: list[Any] = []
+def test_an_error_instead_of_the_models_is_no_empty_list(monkeypatch):
+    async def dead(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"error": {"message": "EngineCore died.", "code": 500}}'})
 
-    async def send(message: Any) -> None:
-        sent.append(message)
+    client = Client(monkeypatch)
+    client.app.app = dead
+    for path in ("/v1/models", "/v1/models/tiny"):
+        status, error = client.error("GET", path)
+        assert (status, error["message"]) == (500, "EngineCore died.")
 
-    async def ask(path: str) -> tuple[int, dict[bytes, bytes], bytes]:
-        sent.clear()
-        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-        await Envelope(vllm)(scope, None, send)  # type: ignore[arg-type]
-        return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
-    status, headers, body = asyncio.run(ask("/"))
+def test_the_chat_page_needs_no_key(monkeypatch):
+    client = Client(monkeypatch, api_keys=["secret"], page={"folder": str(STATIC), "headers": PAGE_HEADERS})
+    status, body, headers = client.ask("GET", "/")
     assert (status, headers[b"content-type"], body) == (200, b"text/html", (STATIC / "index.html").read_bytes())
     assert headers[b"content-security-policy"].startswith(b"default-src 'none'")
-    assert asyncio.run(ask("/app.js"))[0] == 200
-    assert asyncio.run(ask("/../page.py"))[0] == 401
-    assert asyncio.run(ask("/v1/models"))[0] == 401
+    assert client.ask("GET", "/app.js")[0] == 200
+    assert client.ask("GET", "/../page.py")[0] == 401
+    assert client.ask("GET", "/v1/models")[0] == 401

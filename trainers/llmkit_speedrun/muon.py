@@ -132,8 +132,8 @@ class Muon(torch.optim.Optimizer):
         rank, count = mesh.get_local_rank(), mesh.size()
         for first in range(0, len(momenta), count):
             some = momenta[first : first + count]
-            own = [u for index, u in enumerate(u.full_tensor() for u in some) if index == rank]
-            directions = self._orthogonal(own)
+            gathered = (u.full_tensor() for u in some)  # one after the other: only its own stays with a process
+            directions = self._orthogonal([u for index, u in enumerate(gathered) if index == rank])
             for index, u in enumerate(some):
                 x = directions[0] if index == rank else torch.empty(u.shape, dtype=u.dtype, device=u.device)
                 yield distribute_tensor(x.contiguous(), mesh, placements, src_data_rank=index)

@@ -69,7 +69,8 @@ class Envelope:
             message = "A valid API key is needed, as `Authorization: Bearer KEY`."
             await _answer(send, 401, envelope(401, message, code="invalid_api_key"))
         elif path == "/v1/models" and method == "GET":
-            await _answer(send, 200, {"object": "list", "data": await self.models(scope, receive)})
+            if (models := await self.models(scope, receive, send)) is not None:
+                await _answer(send, 200, {"object": "list", "data": models})
         elif path.startswith("/v1/models/") and method in ("GET", "HEAD"):
             await self.answer_model(scope, receive, send, unquote(path.removeprefix("/v1/models/")))
         elif method == "POST" and path.startswith("/v1/"):
@@ -133,21 +134,31 @@ class Envelope:
         message = f"The body is larger than the {self.max_body} bytes that this server takes."
         await _answer(send, 413, envelope(413, message))
 
-    async def models(self, scope: MutableMapping[str, Any], receive: Receive) -> list[dict[str, Any]]:
-        """vLLM's list of models, with what the page wants to know of each."""
-        body = b""
+    async def models(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> list[dict[str, Any]] | None:
+        """vLLM's list of models, with what the page wants to know of each; None where it gave none but an error, which
+        has been sent on.
+        """
+        answer: list[Message] = []
 
         async def collect(message: Message) -> None:
-            nonlocal body
-            body += message.get("body", b"")
+            answer.append(message)
 
-        await self.app({**scope, "path": "/v1/models", "raw_path": b"/v1/models"}, receive, collect)
-        models: list[dict[str, Any]] = json.loads(body).get("data", [])
+        asked = {**scope, "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models"}
+        await self.forward(asked, receive, collect)
+        if answer[0]["status"] != 200:
+            for message in answer:
+                await send(message)
+            return None
+        models: list[dict[str, Any]] = json.loads(b"".join(message.get("body", b"") for message in answer))["data"]
         return [{**model, "has_chat_template": self.has_chat_template} for model in models]
 
     async def answer_model(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, name: str) -> None:
         """One entry of the list of models, which vLLM gives only as a whole."""
-        models = await self.models(scope, receive)
+        models = await self.models(scope, receive, send)
+        if models is None:
+            return
         found = next((model for model in models if model["id"] == name), None)
         if found is not None:
             await _answer(send, 200, found)
